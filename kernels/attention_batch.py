@@ -1,0 +1,67 @@
+"""Which query tokens of a step attend to which pages: the metadata that every attention kernel reads.
+
+Built once per step by the runner, used by all layers. Knows no requests and no scheduler, only lengths and page ids.
+
+Shape letters, here and in every kernel: T tokens of a step, B requests of a step, N query heads, K key/value heads,
+D head dimension, P pages, S token slots of a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixGroup:
+    """Requests `first_request .. first_request + num_requests - 1` of a step share their first pages.
+
+    `page_ids` are full pages whose tokens all precede every query token of the group, so no mask is needed on them.
+    """
+
+    first_request: int
+    num_requests: int
+    page_ids: Sequence[int]
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """The requests of one step, in the order of their query tokens.
+
+    query_lens[b]: tokens of request b in this step (1 for decode, more for prefill or verification), at least 1.
+    context_lens[b]: its tokens in the cache once this step's are written; its queries are the last query_lens[b] of them.
+    page_ids[b]: its pages in order; token i of the request is slot i % S of page page_ids[b][i // S].
+    groups: disjoint, ascending by first_request, each of at least two requests; requests outside of any group
+        attend alone. Purely an optimisation: the result is the same without.
+    """
+
+    query_lens: list[int]
+    context_lens: list[int]
+    page_ids: list[Sequence[int]]
+    page_size: int
+    groups: list[PrefixGroup] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.query_lens)
+
+
+def new_kv_pages(
+    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Allocate the key and value pages of one layer, each of logical shape [P, K, S, D].
+
+    On a CPU the memory is laid out [K, P, S, D], so that a run of consecutive pages is one strided view per head;
+    on a GPU it is [P, K, S, D], one page and head being one contiguous tile.
+    """
+    if device.type == "cpu":
+        shape = (num_kv_heads, num_pages, page_size, head_dim)
+        return (
+            torch.zeros(shape, dtype=dtype).transpose(0, 1),
+            torch.zeros(shape, dtype=dtype).transpose(0, 1),
+        )
+    shape = (num_pages, num_kv_heads, page_size, head_dim)
+    return torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)

@@ -1,0 +1,1 @@
+"""The corpus: job file, shards, prefix plan, graph, results, ledger, report."""
