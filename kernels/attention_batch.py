@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class AttentionBatch:
     """The requests of one step, in the order of their query tokens.
 
     query_lens[b]: tokens of request b in this step (1 for decode, more for prefill or verification), at least 1.
-    context_lens[b]: its tokens in the cache once this step's are written; its queries are the last query_lens[b] of them.
+    context_lens[b]: its tokens in the cache once this step's are written, the last query_lens[b] of them being its queries.
     page_ids[b]: its pages in order; token i of the request is slot i % S of page page_ids[b][i // S].
     groups: disjoint, ascending by first_request, each of at least two requests; requests outside of any group
         attend alone. Purely an optimisation: the result is the same without.
@@ -43,6 +44,8 @@ class AttentionBatch:
     page_ids: list[Sequence[int]]
     page_size: int
     groups: list[PrefixGroup] = field(default_factory=list)
+    cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    """What a kernel derived from the fields above, kept so that it is derived once per step and not once per layer."""
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,282 @@
+"""Paged attention on a CPU: torch's flash kernel over pages in place, merged by log-sum-exp.
+
+The flash kernel attends queries to keys that lie at constant strides; a request's keys lie in pages. Copying them
+together for every layer and step costs more than attending to them, so the work of a step is cut into parts whose keys
+do lie at constant strides, and the partial results are merged exactly (as in FlashAttention, arXiv 2205.14135):
+
+- decode: one part per (request, page), all of them in one call over the range of pages that they span;
+- prefix groups: one part per group, its shared pages against the queries of all its requests at once;
+- prefill: a chunk against itself (causal, one padded call per bucket of lengths), and a part per request for what it
+  has in the cache before the chunk.
+
+Grouped-query attention: the G = N / K query heads of a key/value head are laid side by side as query rows.
+Shape letters as in `kernels.attention_batch`; X parts, R rows of queries, L chunk length, C keys.
+Sliding windows take a plain path, one masked call per request, when a context is longer than the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.attention_batch import AttentionBatch
+
+MAX_WASTE = 1.3
+"""Pages of a decode are read in place as one range while that range has at most this many times the pages in use;
+beyond, they are gathered first (measured: a gather costs about as much as attending to as many pages again)."""
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(slots=True)
+class _Decode:
+    """One query row per part, one part per page. `rows_X` is where a part's result goes: row T (one past the last) for
+    parts that nobody asked for, the holes in a range of pages that is read in place."""
+
+    query_rows_X: Tensor
+    rows_X: Tensor
+    pages: slice | Tensor
+    mask_X11S: Tensor
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """Chunks of similar length, padded on the right by repeating their last token (causality hides it)."""
+
+    query_rows_XL: Tensor
+    slots_XL: Tensor
+    kept: Tensor  # positions of the unpadded rows in the flattened [X, L]
+    rows: Tensor
+
+
+@dataclass(slots=True)
+class _Context:
+    """Query rows [start, stop) against the first `num_tokens` tokens of `pages`, all of them visible."""
+
+    start: int
+    stop: int
+    pages: slice | Tensor
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class _Plan:
+    decode: _Decode | None
+    chunks: list[_Chunks]
+    contexts: list[_Context]
+    rows: Tensor  # the query row of every partial result, in the order decode, chunks, contexts
+    needs_merge: bool
+
+
+def paged_attention_cpu(
+    q_TND: Tensor,
+    k_pages_PKSD: Tensor,
+    v_pages_PKSD: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attend every query token of a step to the tokens of its own request up to itself; returns [T, N, D].
+
+    The step's own keys and values must already be in the pages. Any context length, any mixture of chunk lengths.
+    """
+    num_tokens, num_heads, head_dim = q_TND.shape
+    num_kv_heads = k_pages_PKSD.shape[1]
+    q_TKGD = q_TND.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    k_KPSD, v_KPSD = k_pages_PKSD.transpose(0, 1), v_pages_PKSD.transpose(0, 1)
+    if window is not None and max(batch.context_lens) > window:
+        return _attend_windowed(q_TKGD, k_KPSD, v_KPSD, batch, scale, window).view_as(q_TND)
+
+    plan = batch.cache.get("cpu_attention")
+    if plan is None:
+        plan = batch.cache["cpu_attention"] = _plan(batch, q_TND.dtype)
+    parts: list[tuple[Tensor, Tensor]] = []
+    if plan.decode is not None:
+        parts.append(_attend_decode(plan.decode, q_TKGD, k_KPSD, v_KPSD, scale))
+    parts.extend(_attend_chunks(chunks, q_TKGD, k_KPSD, v_KPSD, scale) for chunks in plan.chunks)
+    parts.extend(_attend_context(context, q_TKGD, k_KPSD, v_KPSD, scale) for context in plan.contexts)
+    return _merge(plan, parts, q_TKGD).view_as(q_TND)
+
+
+def _plan(batch: AttentionBatch, dtype: torch.dtype) -> _Plan:
+    size = batch.page_size
+    num_shared_pages = [0] * len(batch.query_lens)
+    first_rows = [0]
+    for num_queries in batch.query_lens:
+        first_rows.append(first_rows[-1] + num_queries)
+
+    contexts = []
+    for group in batch.groups:
+        stop = group.first_request + group.num_requests
+        num_shared_pages[group.first_request : stop] = [len(group.page_ids)] * group.num_requests
+        pages = _as_slice(group.page_ids)
+        contexts.append(_Context(first_rows[group.first_request], first_rows[stop], pages, len(group.page_ids) * size))
+
+    decode_parts = []
+    prefills = []
+    for request, num_queries in enumerate(batch.query_lens):
+        num_shared, num_context = num_shared_pages[request], batch.context_lens[request]
+        pages_of = batch.page_ids[request]
+        if num_queries == 1:
+            for i in range(num_shared, -(-num_context // size)):
+                decode_parts.append((int(pages_of[i]), first_rows[request], min(size, num_context - i * size)))
+            continue
+        prefills.append(request)
+        num_before = num_context - num_queries
+        if num_before > num_shared * size:
+            pages = _as_slice(pages_of[num_shared : -(-num_before // size)])
+            contexts.append(
+                _Context(first_rows[request], first_rows[request + 1], pages, num_before - num_shared * size)
+            )
+
+    decode = _plan_decode(decode_parts, size, batch.num_tokens, dtype) if decode_parts else None
+    chunks = [_plan_chunks(bucket, first_rows, batch) for bucket in _buckets(prefills, batch.query_lens)]
+    rows = [decode.rows_X] if decode is not None else []
+    rows.extend(chunk.rows for chunk in chunks)
+    rows.extend(torch.arange(context.start, context.stop) for context in contexts)
+    all_rows = torch.cat(rows)
+    return _Plan(decode, chunks, contexts, all_rows, needs_merge=len(all_rows) != batch.num_tokens)
+
+
+def _plan_decode(parts: list[tuple[int, int, int]], page_size: int, num_tokens: int, dtype: torch.dtype) -> _Decode:
+    """`parts` are (page, query row, number of valid slots). A page with two readers cannot be read in place twice."""
+    parts.sort()
+    first, last = parts[0][0], parts[-1][0]
+    in_place = last - first + 1 <= MAX_WASTE * len(parts) and len({page for page, _, _ in parts}) == len(parts)
+    pages: slice | Tensor
+    if in_place:
+        by_page = {page: (row, valid) for page, row, valid in parts}
+        filled = [by_page.get(page, (num_tokens, page_size)) for page in range(first, last + 1)]
+        pages = slice(first, last + 1)
+    else:
+        filled = [(row, valid) for _, row, valid in parts]
+        pages = torch.tensor([page for page, _, _ in parts])
+    rows_X = torch.tensor([row for row, _ in filled])
+    num_valid_X = torch.tensor([valid for _, valid in filled])
+    mask_XS = torch.zeros(len(filled), page_size, dtype=dtype)
+    mask_XS.masked_fill_(torch.arange(page_size) >= num_valid_X[:, None], float("-inf"))
+    return _Decode(rows_X.clamp(max=num_tokens - 1), rows_X, pages, mask_XS[:, None, None, :])
+
+
+def _buckets(requests: list[int], query_lens: list[int]) -> list[list[int]]:
+    """Split requests by length so that padding at most doubles what a call computes."""
+    buckets: dict[int, list[int]] = {}
+    for request in requests:
+        buckets.setdefault((query_lens[request] - 1).bit_length(), []).append(request)
+    return [buckets[key] for key in sorted(buckets)]
+
+
+def _plan_chunks(requests: list[int], first_rows: list[int], batch: AttentionBatch) -> _Chunks:
+    lengths = torch.tensor([batch.query_lens[request] for request in requests])
+    steps_L = torch.arange(int(lengths.max()))
+    offsets_XL = torch.minimum(steps_L, lengths[:, None] - 1)
+    query_rows_XL = torch.tensor([first_rows[request] for request in requests])[:, None] + offsets_XL
+    positions_XL = torch.tensor([batch.context_lens[r] - batch.query_lens[r] for r in requests])[:, None] + offsets_XL
+    num_pages = max(len(batch.page_ids[request]) for request in requests)
+    table = torch.zeros(len(requests), num_pages, dtype=torch.int64)
+    for i, request in enumerate(requests):
+        table[i, : len(batch.page_ids[request])] = torch.as_tensor(batch.page_ids[request])
+    size = batch.page_size
+    slots_XL = table.gather(1, positions_XL // size) * size + positions_XL % size
+    kept = (steps_L < lengths[:, None]).flatten().nonzero().squeeze(1)
+    return _Chunks(query_rows_XL, slots_XL, kept, query_rows_XL.flatten()[kept])
+
+
+def _as_slice(pages: Sequence[int]) -> slice | Tensor:
+    """Pages in one ascending run can be read in place."""
+    first = int(pages[0])
+    if all(int(page) == first + i for i, page in enumerate(pages)):
+        return slice(first, first + len(pages))
+    return torch.as_tensor(pages, dtype=torch.int64)
+
+
+def _select(pages_KPSD: Tensor, pages: slice | Tensor) -> Tensor:
+    return pages_KPSD[:, pages] if isinstance(pages, slice) else pages_KPSD.index_select(1, pages)
+
+
+def _attend_decode(
+    plan: _Decode, q_TKGD: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    q_XKGD = q_TKGD.index_select(0, plan.query_rows_X)
+    k_XKSD = _select(k_KPSD, plan.pages).transpose(0, 1)
+    v_XKSD = _select(v_KPSD, plan.pages).transpose(0, 1)
+    mask = plan.mask_X11S.expand(-1, 1, q_TKGD.shape[2], -1)
+    return _flash(q_XKGD, k_XKSD, v_XKSD, attn_mask=mask, scale=scale)
+
+
+def _attend_chunks(
+    plan: _Chunks, q_TKGD: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    num_chunks, length = plan.query_rows_XL.shape
+    _, num_kv_heads, num_grouped, head_dim = q_TKGD.shape
+    q = q_TKGD.index_select(0, plan.query_rows_XL.flatten()).view(
+        num_chunks, length, num_kv_heads, num_grouped, head_dim
+    )
+    q = q.permute(0, 2, 3, 1, 4).reshape(num_chunks * num_kv_heads, num_grouped, length, head_dim)
+
+    def keys_of(pages_KPSD: Tensor) -> Tensor:
+        slots_KCD = pages_KPSD.flatten(1, 2).index_select(1, plan.slots_XL.flatten())
+        x = slots_KCD.view(num_kv_heads, num_chunks, length, head_dim).transpose(0, 1)
+        return x.reshape(num_chunks * num_kv_heads, 1, length, head_dim).expand(-1, num_grouped, -1, -1)
+
+    output, lse = _flash(q, keys_of(k_KPSD), keys_of(v_KPSD), is_causal=True, scale=scale)
+    output = output.view(num_chunks, num_kv_heads, num_grouped, length, head_dim).permute(0, 3, 1, 2, 4)
+    lse = lse.view(num_chunks, num_kv_heads, num_grouped, length).permute(0, 3, 1, 2)
+    return output.flatten(0, 1).index_select(0, plan.kept), lse.flatten(0, 1).index_select(0, plan.kept)
+
+
+def _attend_context(
+    plan: _Context, q_TKGD: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    q_RKGD = q_TKGD[plan.start : plan.stop]
+    num_rows, num_kv_heads, num_grouped, head_dim = q_RKGD.shape
+    q = q_RKGD.transpose(0, 1).reshape(1, num_kv_heads, num_rows * num_grouped, head_dim)
+    k = _select(k_KPSD, plan.pages).flatten(1, 2)[None, :, : plan.num_tokens]
+    v = _select(v_KPSD, plan.pages).flatten(1, 2)[None, :, : plan.num_tokens]
+    output, lse = _flash(q, k, v, scale=scale)
+    output = output.view(num_kv_heads, num_rows, num_grouped, head_dim).transpose(0, 1)
+    return output, lse.view(num_kv_heads, num_rows, num_grouped).transpose(0, 1)
+
+
+def _merge(plan: _Plan, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tensor) -> Tensor:
+    """Sum partial results per query row, each weighted by exp(lse - largest lse of the row)."""
+    output_XKGD = torch.cat([output for output, _ in parts]) if len(parts) > 1 else parts[0][0]
+    if not plan.needs_merge:
+        return torch.empty_like(q_TKGD).index_copy_(0, plan.rows, output_XKGD)
+    lse_XKG = torch.cat([lse for _, lse in parts]) if len(parts) > 1 else parts[0][1]
+    num_tokens, *heads, head_dim = q_TKGD.shape
+    # One row more than there are queries: where parts that nobody asked for go.
+    index = plan.rows[:, None, None].expand_as(lse_XKG)
+    largest = lse_XKG.new_full((num_tokens + 1, *heads), float("-inf")).scatter_reduce_(0, index, lse_XKG, "amax")
+    weight_XKG = (lse_XKG - largest.index_select(0, plan.rows)).exp_()
+    total = lse_XKG.new_zeros((num_tokens + 1, *heads)).index_add_(0, plan.rows, weight_XKG)
+    weighted = output_XKGD.float() * weight_XKG.unsqueeze(-1)
+    output = weighted.new_zeros((num_tokens + 1, *heads, head_dim)).index_add_(0, plan.rows, weighted)
+    return (output[:num_tokens] / total[:num_tokens].unsqueeze(-1)).to(q_TKGD.dtype)
+
+
+def _attend_windowed(
+    q_TKGD: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, batch: AttentionBatch, scale: float, window: int
+) -> Tensor:
+    output = torch.empty_like(q_TKGD)
+    size, row = batch.page_size, 0
+    for request, num_queries in enumerate(batch.query_lens):
+        num_context = batch.context_lens[request]
+        first_query = num_context - num_queries
+        first_page = max(0, first_query - window + 1) // size
+        pages = _as_slice(batch.page_ids[request][first_page : -(-num_context // size)])
+        keys = torch.arange(first_page * size, num_context)
+        queries = torch.arange(first_query, num_context)[:, None]
+        hidden = (keys > queries) | (keys <= queries - window)
+        mask = torch.zeros(hidden.shape, dtype=q_TKGD.dtype).masked_fill_(hidden, float("-inf"))
+        q_KGLD = q_TKGD[row : row + num_queries].permute(1, 2, 0, 3)
+        num_grouped = q_KGLD.shape[1]
+        k = _select(k_KPSD, pages).flatten(1, 2)[:, None, : len(keys)].expand(-1, num_grouped, -1, -1)
+        v = _select(v_KPSD, pages).flatten(1, 2)[:, None, : len(keys)].expand(-1, num_grouped, -1, -1)
+        attended, _ = _flash(q_KGLD, k, v, attn_mask=mask, scale=scale)
+        output[row : row + num_queries] = attended.permute(2, 0, 1, 3)
+        row += num_queries
+    return output

@@ -1,0 +1,221 @@
+"""Linear layers on a CPU: packed int4 for a few tokens, one dense form for many, chosen by a short measurement.
+
+Which form is fastest depends on the CPU far more than on the model: with AMX a bf16 product is ten times faster than
+without, and torch's int4 product beats a dense one only for a few rows. So each shape is timed once at load and the
+choice is part of `describe()`. Knows no model; called through `kernels.backend.prepare_linear`.
+
+Shape letters: T tokens, N outputs, K inputs, G groups of weights that share a scale.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kernels.int4_linear import QuantizedWeight
+
+MEASURED_TOKENS = (1, 4, 16, 32)
+"""Numbers of tokens at which the int4 product is timed against the dense one."""
+
+DENSE_TOKENS = 64
+"""Number of tokens at which the dense forms are timed against each other."""
+
+Product = Callable[[Tensor, Tensor | None], Tensor]
+
+
+class CpuLinear:
+    """y = x W^T + b over x [T, K]. Holds a dense form of W, a packed int4 form, or both."""
+
+    def __init__(
+        self,
+        bias: Tensor | None,
+        dense: Product | None,
+        int4: Product | None,
+        int4_max_tokens: int,
+        description: str,
+    ):
+        self._bias = bias
+        self._dense = dense
+        self._int4 = int4
+        self._int4_max_tokens = int4_max_tokens
+        self._description = description
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        if self._int4 is not None and (self._dense is None or x_TK.shape[0] <= self._int4_max_tokens):
+            return self._int4(x_TK, self._bias)
+        assert self._dense is not None
+        return self._dense(x_TK, self._bias)
+
+    def describe(self) -> str:
+        """Which forms this layer multiplies with, in words for the run's summary."""
+        return self._description
+
+
+@dataclass(frozen=True)
+class CpuLinearChoice:
+    """`form` is "packed" (oneDNN's own layout), "plain" or "upcast" (float32 copy of a 16-bit weight);
+    int4 is used up to `int4_max_tokens` tokens (0: never)."""
+
+    form: str
+    int4_max_tokens: int
+
+
+def prepare_cpu_linear(
+    weight: Tensor | QuantizedWeight, bias: Tensor | None, *, dtype: torch.dtype, compute: str = "auto"
+) -> CpuLinear:
+    """Turn a weight [N, K] into the form in which this CPU multiplies it fastest.
+
+    compute: "int4" multiplies packed int4 only (least memory), "dense" a copy in `dtype` only (exact for float32),
+    "auto" takes int4 for few tokens where it was measured to be faster. The int4 product rounds activations to
+    bfloat16, since torch has no other fast one.
+    """
+    if bias is not None:
+        bias = bias.to(dtype)
+    if isinstance(weight, Tensor):
+        form = _choose_form(weight.shape[0], weight.shape[1], dtype, torch.get_num_threads())
+        return CpuLinear(bias, _dense_product(weight.to(dtype), form), None, 0, f"{form} {_name(dtype)}")
+
+    from kernels.int4_linear import dequantize
+
+    num_out, num_in = weight.q_NK.shape
+    group = weight.group_size
+    if compute == "int4" and not _int4_is_possible(num_out, num_in, group):
+        raise ValueError(
+            f"a weight [{num_out}, {num_in}] in groups of {group} does not fit torch's int4 product, taking outputs "
+            "in multiples of 16 and groups of 32, 64, 128 or 256; set engine.linear_compute to dense or auto"
+        )
+    if compute == "int4":
+        return CpuLinear(bias, None, _int4_product(weight), 0, f"int4 g{group}")
+    if compute == "dense" or not _int4_is_possible(num_out, num_in, group):
+        choice = CpuLinearChoice(_choose_form(num_out, num_in, dtype, torch.get_num_threads()), 0)
+    else:
+        choice = _choose(num_out, num_in, group, dtype, torch.get_num_threads())
+        if num_out * num_in * dtype.itemsize > available_memory_bytes() // 4:
+            return CpuLinear(
+                bias, None, _int4_product(weight), 0, f"int4 g{group} (too little memory for a dense copy)"
+            )
+    dense = _dense_product(dequantize(weight).to(dtype), choice.form)
+    if choice.int4_max_tokens == 0:
+        return CpuLinear(bias, dense, None, 0, f"{choice.form} {_name(dtype)} copy of int4")
+    text = f"int4 g{group} up to {choice.int4_max_tokens} tokens, {choice.form} {_name(dtype)} copy above"
+    return CpuLinear(bias, dense, _int4_product(weight), choice.int4_max_tokens, text)
+
+
+def fastest_cpu_dtype() -> torch.dtype:
+    """float32 or bfloat16: whichever multiplies 64 x 1024 x 1024 faster here (bfloat16 has to win clearly, by 1.5x)."""
+    return _fastest_cpu_dtype(torch.get_num_threads())
+
+
+def available_memory_bytes() -> int:
+    """Memory which this process could still take, as the kernel estimates it."""
+    try:
+        with open("/proc/meminfo") as lines:  # noqa: PTH123
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _int4_is_possible(num_out: int, num_in: int, group: int) -> bool:
+    return num_out % 16 == 0 and group in (32, 64, 128, 256) and num_in % group == 0
+
+
+def _int4_product(weight: QuantizedWeight) -> Product:
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.q_NK.int(), 1)
+    zero_NG = 8.0 if weight.zero_NG is None else weight.zero_NG.float()
+    scale_NG = weight.scale_NG.float()
+    # The operator computes (q - 8) * scale + zero, with [G, N, (scale, zero)] in bfloat16.
+    scales_GN2 = torch.stack([scale_NG, (8.0 - zero_NG) * scale_NG], dim=-1).transpose(0, 1).contiguous().bfloat16()
+    group = weight.group_size
+
+    def product(x_TK: Tensor, bias: Tensor | None) -> Tensor:
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x_TK.bfloat16(), packed, group, scales_GN2).to(x_TK.dtype)
+        return y if bias is None else y.add_(bias)
+
+    return product
+
+
+def _dense_product(weight_NK: Tensor, form: str) -> Product:
+    if form == "plain":
+        return lambda x, bias: F.linear(x, weight_NK, bias)
+    if form == "upcast":
+        weight_NK = weight_NK.float()
+        return lambda x, bias: F.linear(x.float(), weight_NK, None if bias is None else bias.float()).to(x.dtype)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight_NK.contiguous(), DENSE_TOKENS)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x, bias: multiply(x, packed, bias, "none", [], "")
+
+
+@functools.lru_cache(maxsize=256)
+def _choose_form(num_out: int, num_in: int, dtype: torch.dtype, num_threads: int) -> str:
+    # Sizes are capped: which form wins does not change above, but the time to measure it does.
+    weight_NK = torch.randn(min(num_out, 4096), min(num_in, 4096)).to(dtype)
+    x_TK = torch.randn(DENSE_TOKENS, weight_NK.shape[1]).to(dtype)
+    forms = ["plain"]
+    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available():
+        forms.append("packed")
+    if dtype != torch.float32:
+        forms.append("upcast")
+    seconds = {form: _seconds_per_call(_dense_product(weight_NK, form), x_TK) for form in forms}
+    best = min(forms, key=lambda form: seconds[form])
+    # A float32 copy doubles the memory, so it has to win clearly.
+    if best == "upcast" and seconds["upcast"] * 1.5 > min(seconds[f] for f in forms if f != "upcast"):
+        best = min((f for f in forms if f != "upcast"), key=lambda form: seconds[form])
+    return best
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(num_out: int, num_in: int, group: int, dtype: torch.dtype, num_threads: int) -> CpuLinearChoice:
+    from kernels.int4_linear import QuantizedWeight, dequantize
+
+    form = _choose_form(num_out, num_in, dtype, num_threads)
+    rows, columns = min(num_out, 4096), min(num_in, 4096 // group * group)
+    weight = QuantizedWeight(
+        q_NK=torch.randint(0, 16, (rows, columns), dtype=torch.uint8),
+        scale_NG=torch.full((rows, columns // group), 0.01),
+        group_size=group,
+    )
+    dense, int4 = _dense_product(dequantize(weight).to(dtype), form), _int4_product(weight)
+    int4_max_tokens = 0
+    for num_tokens in MEASURED_TOKENS:
+        x_TK = torch.randn(num_tokens, columns).to(dtype)
+        if _seconds_per_call(int4, x_TK) > 0.9 * _seconds_per_call(dense, x_TK):
+            break
+        int4_max_tokens = num_tokens
+    return CpuLinearChoice(form, int4_max_tokens)
+
+
+@functools.lru_cache(maxsize=8)
+def _fastest_cpu_dtype(num_threads: int) -> torch.dtype:
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = torch.randn(1024, 1024).to(dtype)
+        form = "packed" if torch.backends.mkldnn.is_available() else "plain"
+        seconds[dtype] = _seconds_per_call(_dense_product(weight, form), torch.randn(DENSE_TOKENS, 1024).to(dtype))
+    return torch.bfloat16 if seconds[torch.bfloat16] * 1.5 < seconds[torch.float32] else torch.float32
+
+
+def _seconds_per_call(product: Product, x_TK: Tensor) -> float:
+    """Best of five after one to warm up: the least disturbed run says most about the hardware."""
+    product(x_TK, None)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        product(x_TK, None)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
