@@ -1,0 +1,142 @@
+"""The only chooser: each operation runs its Triton kernel on CUDA tensors and its CPU version on CPU tensors.
+
+The floor above calls the functions of this file and no other kernel file's. Neither choice is a fallback: a device
+that is neither of the two is refused. CUDA tensors must be on the current device. Triton, and the CPU's linear and
+attention, are imported when first needed.
+
+Shape letters as in kernels/attention_batch.py; F twice the feed-forward width, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels.kv_cache
+import kernels.rms_norm
+import kernels.rope
+import kernels.sampling
+import kernels.silu_mul
+from kernels.attention_batch import AttentionBatch
+from kernels.int4_linear import QuantizedWeight
+from kernels.sampling import SampleResult, SamplingBatch
+
+
+class Linear(Protocol):
+    """A prepared linear layer: x [T, K] to y [T, N] in x's dtype."""
+
+    def __call__(self, x_TK: Tensor) -> Tensor: ...
+
+    def describe(self) -> str:
+        """How the layer computes, for the run's summary."""
+        ...
+
+
+def is_cuda(operation: str, x: Tensor | torch.device) -> bool:
+    """Whether the Triton version is meant; a device without a version is an error."""
+    device = x.device if isinstance(x, Tensor) else x
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{operation}: no version for device {device}; use cpu or cuda")
+    return device.type == "cuda"
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The RMS norm over the last dimension, of x's shape and dtype."""
+    version = kernels.rms_norm
+    return (version.rms_norm_triton if is_cuda("rms_norm", x) else version.rms_norm_cpu)(x, weight, eps)
+
+
+def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Add x to the residual in place and return the RMS norm of the sum."""
+    version = kernels.rms_norm
+    add_norm = version.add_rms_norm_triton if is_cuda("add_rms_norm", x_TH) else version.add_rms_norm_cpu
+    return add_norm(x_TH, residual_TH, weight_H, eps)
+
+
+def rope(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:
+    """Rotate the first 2R dimensions of q and k in place; float32 tables indexed by position."""
+    version = kernels.rope
+    rotate = version.rope_triton if is_cuda("rope", q_TND) else version.rope_cpu
+    rotate(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
+
+
+def silu_mul(gate_up_TF: Tensor) -> Tensor:
+    """silu(first half) * second half, [T, F / 2]."""
+    version = kernels.silu_mul
+    return (version.silu_mul_triton if is_cuda("silu_mul", gate_up_TF) else version.silu_mul_cpu)(gate_up_TF)
+
+
+def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Tensor, v_pages_PKSD: Tensor, slots_T: Tensor) -> None:
+    """Write keys and values into slots of the pages, in place; slot = page * S + offset."""
+    version = kernels.kv_cache
+    write = version.write_kv_triton if is_cuda("write_kv", k_TKD) else version.write_kv_cpu
+    write(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
+
+
+def paged_attention(
+    q_TND: Tensor,
+    k_pages_PKSD: Tensor,
+    v_pages_PKSD: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of each request's query tokens over its pages, [T, N, D].
+
+    window: how many of the most recent tokens a query sees, itself included; None is all.
+    """
+    if is_cuda("paged_attention", q_TND):
+        from kernels.paged_attention import paged_attention_triton
+
+        return paged_attention_triton(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+    from kernels.cpu_attention import paged_attention_cpu
+
+    return paged_attention_cpu(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+
+
+def prepare_linear(
+    weight: Tensor | QuantizedWeight,
+    bias: Tensor | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    compute: str = "auto",
+) -> Linear:
+    """Bring a weight [N, K] and bias [N] into the form in which this device multiplies fastest.
+
+    dtype is that of the activations. compute names one of the CPU's ways; on CUDA it must be "auto".
+    """
+    if not is_cuda("prepare_linear", device):
+        from kernels.cpu_linear import prepare_cpu_linear
+
+        return prepare_cpu_linear(weight, bias, dtype=dtype, compute=compute)
+    if compute != "auto":
+        raise ValueError(f"prepare_linear: compute={compute!r} is for a CPU; on {device} it must be 'auto'")
+    if isinstance(weight, QuantizedWeight):
+        from kernels.int4_linear import Int4Linear
+
+        return Int4Linear.prepare(weight, bias, dtype=dtype, device=device)
+    return DenseLinear(weight, bias, dtype, device)
+
+
+class DenseLinear:
+    """torch's own matrix product on an unquantised weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> None:
+        self.weight_NK = weight.to(device=device, dtype=dtype).contiguous()
+        self.bias_N = None if bias is None else bias.to(device=device, dtype=dtype)
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return F.linear(x_TK, self.weight_NK, self.bias_N)
+
+    def describe(self) -> str:
+        return f"{str(self.weight_NK.dtype).removeprefix('torch.')} torch matmul"
+
+
+def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
+    """Choose one token per row of float32 logits, with keyed noise."""
+    version = kernels.sampling
+    return (version.sample_triton if is_cuda("sample", logits_BV) else version.sample_cpu)(logits_BV, batch)

@@ -1,0 +1,122 @@
+"""Writing a step's keys and values into their pages. Called through kernels.backend.
+
+    pages[slot // S, :, slot % S] = k[t]
+
+Kwon et al. 2023 (PagedAttention). Shape letters as in kernels/attention_batch.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.on_demand import triton_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@triton_kernel
+def _write_kv_kernel(
+    k,
+    v,
+    k_pages,
+    v_pages,
+    slots,
+    k_stride_token,
+    k_stride_head,
+    v_stride_token,
+    v_stride_head,
+    k_stride_page,
+    k_stride_page_head,
+    v_stride_page,
+    v_stride_page_head,
+    page_size,
+    num_heads,
+    head_dim,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token and HEADS heads. Reads and writes each key and value once."""
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < num_heads) & (column < head_dim)
+    slot = tl.load(slots + token).to(tl.int64)
+    page, offset = slot // page_size, slot % page_size
+    in_page = offset * head_dim + column
+    key = tl.load(k + token * k_stride_token + head * k_stride_head + column, mask=inside)
+    tl.store(k_pages + page * k_stride_page + head * k_stride_page_head + in_page, key, mask=inside)
+    value = tl.load(v + token * v_stride_token + head * v_stride_head + column, mask=inside)
+    tl.store(v_pages + page * v_stride_page + head * v_stride_page_head + in_page, value, mask=inside)
+
+
+def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Tensor, v_pages_PKSD: Tensor, slots_T: Tensor) -> None:
+    """Write in place. Any head dimension, number of heads and page size; see check_write_kv for the strides."""
+    check_write_kv(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
+    num_tokens, num_heads, head_dim = k_TKD.shape
+    if not num_tokens:
+        return
+    block = 1 << (head_dim - 1).bit_length()
+    heads = max(1, min(1 << (num_heads - 1).bit_length(), 1024 // block))
+    _write_kv_kernel[(num_tokens, -(-num_heads // heads))](
+        k_TKD,
+        v_TKD,
+        k_pages_PKSD,
+        v_pages_PKSD,
+        slots_T,
+        k_TKD.stride(0),
+        k_TKD.stride(1),
+        v_TKD.stride(0),
+        v_TKD.stride(1),
+        k_pages_PKSD.stride(0),
+        k_pages_PKSD.stride(1),
+        v_pages_PKSD.stride(0),
+        v_pages_PKSD.stride(1),
+        k_pages_PKSD.shape[2],
+        num_heads,
+        head_dim,
+        HEADS=heads,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def check_write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tensor, slots_T: Tensor) -> None:
+    """Refuse what does not belong together. Slots are not read: they must be distinct and in [0, P * S)."""
+    num_tokens, num_kv_heads, head_dim = k_TKD.shape
+    if v_TKD.shape != k_TKD.shape or k_TKD.stride(2) != 1 or v_TKD.stride(2) != 1:
+        raise ValueError(
+            f"write_kv: k is {tuple(k_TKD.shape)} and v {tuple(v_TKD.shape)}; "
+            "they must have one shape and a contiguous head dimension"
+        )
+    if slots_T.shape != (num_tokens,) or slots_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"write_kv: slots are {slots_T.dtype} {tuple(slots_T.shape)}; they must be int64 [{num_tokens}]"
+        )
+    if k_pages.shape != v_pages.shape or k_pages.shape[1] != num_kv_heads or k_pages.shape[3] != head_dim:
+        raise ValueError(
+            f"write_kv: pages are {tuple(k_pages.shape)} and {tuple(v_pages.shape)}; "
+            f"they must be [pages, {num_kv_heads}, slots, {head_dim}]"
+        )
+    for name, pages in (("k", k_pages), ("v", v_pages)):
+        if pages.stride(3) != 1 or pages.stride(2) != head_dim:
+            raise ValueError(
+                f"write_kv: {name} pages have strides {pages.stride()}; a page's slots must be contiguous per head"
+            )
+        if pages.dtype != k_TKD.dtype or v_TKD.dtype != k_TKD.dtype:
+            raise ValueError(f"write_kv: {name} pages are {pages.dtype}, k {k_TKD.dtype} and v {v_TKD.dtype}")
+    devices = {x.device for x in (k_TKD, v_TKD, k_pages, v_pages, slots_T)}
+    if len(devices) > 1:
+        raise ValueError(f"write_kv: inputs are on {sorted(map(str, devices))}; they must be on one device")
+
+
+def write_kv_cpu(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tensor, slots_T: Tensor) -> None:
+    """Write in place, in torch; also the reference, as nothing is computed."""
+    check_write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+    page_size = k_pages.shape[2]
+    pages_T, offsets_T = slots_T // page_size, slots_T % page_size
+    k_pages[pages_T, :, offsets_T] = k_TKD
+    v_pages[pages_T, :, offsets_T] = v_TKD

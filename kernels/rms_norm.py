@@ -1,0 +1,163 @@
+"""RMS norm, alone and with the residual sum before it. Called through kernels.backend.
+
+    y = w * round(x / sqrt(mean(x^2) + eps))
+
+Zhang and Sennrich 2019, with the rounding of transformers' LlamaRMSNorm: x is normalised in float32 and rounded to its
+own dtype before the weight multiplies it. A row's result does not depend on the other rows.
+
+Shape letters: T tokens, H the normalised dimension.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.on_demand import triton_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+MAX_WIDTH = 65536
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton_kernel
+def _rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    y,
+    num_rows,
+    num_inner,
+    x_stride_outer,
+    x_stride_inner,
+    residual_stride,
+    width,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS rows per program. Moves x, the weight and y once (and the residual twice)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < num_rows) & (column[None, :] < width)
+    row = row.to(tl.int64)
+    x_row = (row // num_inner) * x_stride_outer + (row % num_inner) * x_stride_inner
+    values = tl.load(x + x_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        at = residual + row[:, None] * residual_stride + column[None, :]
+        values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        rounded = values.to(residual.dtype.element_ty)
+        tl.store(at, rounded, mask=inside)
+        values = rounded.to(tl.float32)
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=1) / width + eps)
+    normed = (values * inverse[:, None]).to(y.dtype.element_ty).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    out = (normed * scale[None, :]).to(y.dtype.element_ty)
+    tl.store(y + row[:, None] * width + column[None, :], out, mask=inside)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm over the last dimension; any leading dimensions, of which two may have any stride.
+
+    The width may be odd, up to 65536.
+    """
+    check_rms_norm(x, weight)
+    if x.stride(-1) != 1 or x.ndim > 3:
+        x = x.contiguous()
+    shape = x.shape
+    if x.ndim != 3:
+        x = x.reshape(1, -1, shape[-1]) if x.is_contiguous() else x.unsqueeze(0)
+    y = torch.empty(shape, dtype=x.dtype, device=x.device)
+    _launch(x, None, weight, y, eps)
+    return y
+
+
+def add_rms_norm_triton(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Add x to the residual in place and return the norm of the sum. Rows may have any stride."""
+    check_rms_norm(x_TH, weight_H)
+    check_residual(x_TH, residual_TH)
+    if x_TH.stride(-1) != 1:
+        x_TH = x_TH.contiguous()
+    y_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
+    _launch(x_TH.unsqueeze(0), residual_TH, weight_H, y_TH, eps)
+    return y_TH
+
+
+def _launch(x_OIH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, y: Tensor, eps: float) -> None:
+    num_outer, num_inner, width = x_OIH.shape
+    num_rows = num_outer * num_inner
+    if not num_rows:
+        return
+    block = 1 << (width - 1).bit_length()
+    rows = max(1, 1024 // block)
+    _rms_norm_kernel[(-(-num_rows // rows),)](
+        x_OIH,
+        residual_TH if residual_TH is not None else y,
+        weight_H,
+        y,
+        num_rows,
+        num_inner,
+        x_OIH.stride(0),
+        x_OIH.stride(1),
+        residual_TH.stride(0) if residual_TH is not None else 0,
+        width,
+        eps,
+        HAS_RESIDUAL=residual_TH is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=min(max(block // 512, 4), 32),
+    )
+
+
+def check_rms_norm(x: Tensor, weight: Tensor) -> None:
+    """Refuse what no version of the norm handles."""
+    if x.dtype not in DTYPES:
+        raise ValueError(f"rms_norm: x is {x.dtype}; it must be float32, float16 or bfloat16")
+    if weight.dtype != x.dtype:
+        raise ValueError(f"rms_norm: weight is {weight.dtype} and x is {x.dtype}; cast the weight at load")
+    if weight.device != x.device:
+        raise ValueError(f"rms_norm: weight is on {weight.device} and x on {x.device}; move one of them")
+    if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
+        raise ValueError(
+            f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}; it must be [last dim]"
+        )
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"rms_norm: last dimension is {x.shape[-1]}; it must be 1 to {MAX_WIDTH}")
+
+
+def check_residual(x_TH: Tensor, residual_TH: Tensor) -> None:
+    """Refuse a residual that is not x's twin."""
+    alike = residual_TH.shape == x_TH.shape and residual_TH.dtype == x_TH.dtype
+    if not alike or residual_TH.device != x_TH.device or x_TH.ndim != 2:
+        raise ValueError(
+            f"add_rms_norm: residual is {residual_TH.dtype} {tuple(residual_TH.shape)} on {residual_TH.device} "
+            f"and x {x_TH.dtype} {tuple(x_TH.shape)} on {x_TH.device}; both must be alike and [tokens, hidden]"
+        )
+    if residual_TH.stride(1) != 1:
+        raise ValueError(f"add_rms_norm: residual has strides {residual_TH.stride()}; its last dim must be contiguous")
+
+
+def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm over the last dimension, in torch."""
+    check_rms_norm(x, weight)
+    x32 = x.float()
+    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+    return (x32 * inverse).to(x.dtype) * weight
+
+
+def add_rms_norm_cpu(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    """Add x to the residual in place and return the norm of the sum, in torch."""
+    check_residual(x_TH, residual_TH)
+    residual_TH += x_TH
+    return rms_norm_cpu(residual_TH, weight_H, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm in float64, without rounding."""
+    x64 = x.double()
+    return x64 * torch.rsqrt(x64.square().mean(-1, keepdim=True) + eps) * weight.double()

@@ -1,0 +1,149 @@
+"""Rotary position embedding, in place on queries and keys. Called through kernels.backend.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)
+
+Su et al. 2021, in GPT-NeoX's halves: a = x[:R], b = x[R:2R]; x[2R:] stays as it is (partial rotary). The tables are
+indexed by position, so a model's scaling (linear, dynamic, YaRN, Llama 3, LongRoPE) is wholly in them.
+
+Shape letters as in kernels/attention_batch.py; L positions of the tables, R their width.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.on_demand import triton_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+
+@triton_kernel
+def _rope_kernel(
+    q,
+    k,
+    positions,
+    cos,
+    sin,
+    q_stride_token,
+    q_stride_head,
+    k_stride_token,
+    k_stride_head,
+    table_stride,
+    num_q_heads,
+    num_k_heads,
+    half,
+    NUM_Q_BLOCKS: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per token and HEADS heads of q or of k. Reads and writes 2R of each head once."""
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    if block < NUM_Q_BLOCKS:
+        head = block * HEADS + tl.arange(0, HEADS)
+        at = q + token * q_stride_token + head * q_stride_head
+        num_heads = num_q_heads
+    else:
+        head = (block - NUM_Q_BLOCKS) * HEADS + tl.arange(0, HEADS)
+        at = k + token * k_stride_token + head * k_stride_head
+        num_heads = num_k_heads
+    column = tl.arange(0, BLOCK)
+    row = tl.load(positions + token) * table_stride + column
+    c = tl.load(cos + row, mask=column < half, other=0.0)[None, :]
+    s = tl.load(sin + row, mask=column < half, other=0.0)[None, :]
+    inside = (head[:, None] < num_heads) & (column[None, :] < half)
+    at_a = at[:, None] + column[None, :]
+    a = tl.load(at_a, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(at_a + half, mask=inside, other=0.0).to(tl.float32)
+    tl.store(at_a, (a * c - b * s).to(q.dtype.element_ty), mask=inside)
+    tl.store(at_a + half, (b * c + a * s).to(q.dtype.element_ty), mask=inside)
+
+
+def rope_triton(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:
+    """Rotate q and k in place. Any number of heads, any R up to D / 2; tokens and heads may have any stride."""
+    check_rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
+    num_tokens, num_q_heads, _ = q_TND.shape
+    num_k_heads, half = k_TKD.shape[1], cos_LR.shape[1]
+    if not num_tokens:
+        return
+    block = 1 << (half - 1).bit_length()
+    heads = max(1, min(1 << (num_q_heads - 1).bit_length(), 1024 // block))
+    num_q_blocks, num_k_blocks = -(-num_q_heads // heads), -(-num_k_heads // heads)
+    _rope_kernel[(num_tokens, num_q_blocks + num_k_blocks)](
+        q_TND,
+        k_TKD,
+        positions_T,
+        cos_LR,
+        sin_LR,
+        q_TND.stride(0),
+        q_TND.stride(1),
+        k_TKD.stride(0),
+        k_TKD.stride(1),
+        cos_LR.stride(0),
+        num_q_heads,
+        num_k_heads,
+        half,
+        NUM_Q_BLOCKS=num_q_blocks,
+        HEADS=heads,
+        BLOCK=block,
+        num_warps=4,
+    )
+
+
+def check_rope(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:
+    """Refuse what does not belong together. Positions are not read: they must lie in [0, L)."""
+    num_tokens, _, head_dim = q_TND.shape
+    if k_TKD.shape[0] != num_tokens or k_TKD.shape[2] != head_dim or k_TKD.dtype != q_TND.dtype:
+        raise ValueError(
+            f"rope: q is {q_TND.dtype} {tuple(q_TND.shape)} and k {k_TKD.dtype} {tuple(k_TKD.shape)}; "
+            "tokens, head dimension and dtype must be the same"
+        )
+    if q_TND.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"rope: q is {q_TND.dtype}; it must be float32, float16 or bfloat16")
+    if q_TND.stride(2) != 1 or k_TKD.stride(2) != 1:
+        raise ValueError("rope: the head dimension of q and k must be contiguous, as they are written in place")
+    if positions_T.shape != (num_tokens,) or positions_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"rope: positions are {positions_T.dtype} {tuple(positions_T.shape)}; they must be int64 [{num_tokens}]"
+        )
+    tables_alike = cos_LR.shape == sin_LR.shape and cos_LR.stride() == sin_LR.stride()
+    if cos_LR.dtype != torch.float32 or sin_LR.dtype != torch.float32 or not tables_alike:
+        raise ValueError(
+            f"rope: tables are {cos_LR.dtype} {tuple(cos_LR.shape)} and {sin_LR.dtype} {tuple(sin_LR.shape)}; "
+            "both must be float32 [positions, rotary_dim / 2] of the same strides"
+        )
+    if not 1 <= cos_LR.shape[1] <= head_dim // 2:
+        raise ValueError(
+            f"rope: tables are {cos_LR.shape[1]} wide; a head dimension of {head_dim} allows 1 to {head_dim // 2}"
+        )
+    devices = {x.device for x in (q_TND, k_TKD, positions_T, cos_LR, sin_LR)}
+    if len(devices) > 1:
+        raise ValueError(f"rope: inputs are on {sorted(map(str, devices))}; they must be on one device")
+
+
+def rope_cpu(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:
+    """Rotate q and k in place, in torch."""
+    check_rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
+    half = cos_LR.shape[1]
+    cos_T1R, sin_T1R = cos_LR[positions_T].unsqueeze(1), sin_LR[positions_T].unsqueeze(1)
+    for x in (q_TND, k_TKD):
+        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
+        rotated_a = (a * cos_T1R).addcmul_(b, sin_T1R, value=-1)
+        rotated_b = (b * cos_T1R).addcmul_(a, sin_T1R)
+        x[..., :half] = rotated_a
+        x[..., half : 2 * half] = rotated_b
+
+
+def rope_reference(x_THD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:
+    """q or k rotated, as a new float64 tensor."""
+    half = cos_LR.shape[1]
+    cos, sin = cos_LR.double()[positions_T].unsqueeze(1), sin_LR.double()[positions_T].unsqueeze(1)
+    y_THD = x_THD.double().clone()
+    a, b = y_THD[..., :half].clone(), y_THD[..., half : 2 * half].clone()
+    y_THD[..., :half] = a * cos - b * sin
+    y_THD[..., half : 2 * half] = b * cos + a * sin
+    return y_THD
