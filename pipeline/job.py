@@ -1,0 +1,576 @@
+"""The job file: what to answer, with which model, how, where to, and within which limits.
+
+One frozen model of the whole YAML, its defaults, its checks, and the fingerprint of everything that changes results.
+Knows no Ray and loads no weights. Read by everything in `pipeline` and `jobs`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
+
+from actors.config import EngineConfig
+from actors.requests import SamplingParams
+from pipeline.storage import Storage, StorageError, absolute_uri, public_uri
+
+FINGERPRINT_VERSION = 1
+"""Raised whenever a new Shoal answers the same job differently."""
+
+NAMED_MODELS = ("demo",)
+"""Words that stand for a model directory; `resolve` is told where each is."""
+
+ENGINE_FIELDS_WITHOUT_EFFECT_ON_RESULTS = frozenset(
+    {
+        "model",  # its identity counts, not its place
+        "tokenizer",
+        "device",
+        "page_size",
+        "num_pages",
+        "kv_cache_bytes",
+        "gpu_memory_utilization",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "enable_prefix_caching",
+        "enable_prefix_groups",
+        "num_threads",
+    }
+)
+"""All other engine fields are in the fingerprint, so a new one is there until somebody says otherwise."""
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_WHOLE_BYTES = 2**23
+_SAMPLE_BYTES = 2**16
+_NUM_SAMPLES = 16
+
+
+class JobError(ValueError):
+    """The job as written cannot be run; the message names the key, its value, what is allowed and the way out."""
+
+
+class FingerprintMismatch(ValueError):  # noqa: N818  (the word of the documentation)
+    """The output belongs to another job; the message says which fields differ."""
+
+
+class _Section(BaseModel):
+    """What all sections share: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class InputSection(_Section):
+    """Where the rows are and which columns matter. Name `prompt_column` or `messages_column`, or give
+    `prompt.template` over named columns."""
+
+    path: Annotated[str | tuple[str, ...], Field(description="URI of a file or folder, a glob, or a list of these")]
+    format: Literal["parquet"] = "parquet"
+    prompt_column: Annotated[str | None, Field(description="column of texts")] = None
+    messages_column: Annotated[
+        str | None, Field(description="column of OpenAI-style messages: a list of structs, or JSON text")
+    ] = None
+    id_column: Annotated[
+        str | None, Field(description="seeds a row's sampling noise; without it the shard's name and row number do")
+    ] = None
+    sampling_column: Annotated[
+        str | None, Field(description="a row's own sampling parameters: a struct, or JSON text; null for none")
+    ] = None
+    passthrough: Annotated[
+        Literal["all", "none"] | tuple[str, ...], Field(description="input columns to repeat in the results")
+    ] = "all"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.path:
+            raise ValueError("path is empty; name at least one file, folder or glob")
+        if self.prompt_column and self.messages_column:
+            raise ValueError(
+                f"prompt_column={self.prompt_column!r} and messages_column={self.messages_column!r} are both set; "
+                "keep the one that holds the prompts"
+            )
+        return self
+
+
+class PromptSection(_Section):
+    """How a row becomes the text that the model reads."""
+
+    chat_template: Annotated[
+        bool | None, Field(description="wrap in the tokenizer's chat template; default: for messages_column only")
+    ] = None
+    system: Annotated[
+        str | None, Field(description="system message for rows without their own; needs the chat template")
+    ] = None
+    template: Annotated[str | None, Field(description="jinja2 text over column names, instead of prompt_column")] = None
+    add_generation_prompt: bool = True
+    chat_template_kwargs: Annotated[
+        dict[str, JsonValue], Field(description="further variables for the chat template")
+    ] = {}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.template is not None:
+            try:
+                columns = self.template_columns
+            except jinja2.TemplateError as error:
+                raise ValueError(f"template is not valid jinja2: {error}") from error
+            if not columns:
+                raise ValueError("template names no column, so all rows would be the same; write {{ column }}")
+        return self
+
+    @cached_property
+    def template_columns(self) -> tuple[str, ...]:
+        """The columns that the template reads, by name."""
+        if self.template is None:
+            return ()
+        parsed = jinja2.sandbox.ImmutableSandboxedEnvironment().parse(self.template)
+        return tuple(sorted(jinja2.meta.find_undeclared_variables(parsed)))
+
+
+class PoolSection(_Section):
+    """How many engines, and what each holds of the cluster."""
+
+    num_actors: Annotated[
+        Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]],
+        Field(description="a number, or [min, max] to grow and shrink with the work"),
+    ] = 1
+    num_gpus: Annotated[
+        float | None, Field(ge=0, description="per actor; default: 1 where the engine runs on CUDA, else 0")
+    ] = None
+    num_cpus: Annotated[float, Field(ge=0, description="per actor")] = 1.0
+    max_slices_in_flight: Annotated[
+        int, Field(ge=1, le=64, description="per actor, so that its batch never drains at a slice's border")
+    ] = 4
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if isinstance(self.num_actors, tuple) and self.num_actors[0] > self.num_actors[1]:
+            raise ValueError(f"num_actors={list(self.num_actors)} has its minimum above its maximum; swap them")
+        return self
+
+
+class OutputSection(_Section):
+    path: Annotated[str, Field(min_length=1, description="folder for results, local or any fsspec URI")]
+
+
+class LimitsSection(_Section):
+    """When a run ends early, with valid output that the same command continues."""
+
+    max_error_fraction: Annotated[
+        float, Field(ge=0.0, le=1.0, description="exit 3 above this share of error rows; 1 is never")
+    ] = 1.0
+    budget_usd: Annotated[float | None, Field(gt=0, description="exit 4 once this much is spent")] = None
+    deadline_s: Annotated[float | None, Field(gt=0, description="exit 4 after this many seconds")] = None
+
+
+class PricingSection(_Section):
+    usd_per_device_hour: Annotated[float, Field(ge=0, description="of one GPU, or of one CPU worker")] = 0.0
+    currency: Literal["USD"] = "USD"
+
+
+class PlanSection(_Section):
+    """How a shard is cut into slices, the units of work, of retry and of checkpoint."""
+
+    slice_tokens: Annotated[
+        int, Field(ge=1, description="prompt tokens per slice, those shared with the row before not counted")
+    ] = 65536
+    max_rows_per_slice: Annotated[int, Field(ge=1)] = 256
+
+
+class Resolved(_Section):
+    """What `resolve` found out about the model; travels with the output in run.json."""
+
+    model_identity: str
+    tokenizer_identity: str
+    max_model_len: Annotated[int | None, Field(description="tokens per row; None: only the engine will know")] = None
+
+
+class Job(_Section):
+    """One corpus, one model, one output."""
+
+    input: InputSection
+    prompt: PromptSection = PromptSection()
+    model: Annotated[
+        str, Field(description="Hugging Face directory (a path or any fsspec URI), or the word demo: the shipped model")
+    ]
+    engine: Annotated[EngineConfig, Field(description="engine.model is filled from model")]
+    sampling: SamplingParams = SamplingParams()
+    pool: PoolSection = PoolSection()
+    output: OutputSection
+    limits: LimitsSection = LimitsSection()
+    pricing: PricingSection = PricingSection()
+    plan: PlanSection = PlanSection()
+    resolved: SkipJsonSchema[Resolved | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_model_once(cls, data: Any) -> Any:
+        """`model` at the top and `engine.model` are one setting; either place will do."""
+        if not isinstance(data, dict):
+            return data
+        engine = data.get("engine") or {}
+        if not isinstance(engine, dict):
+            return data
+        model = data.get("model", engine.get("model"))
+        if model is None:
+            return {**data, "engine": {"model": "", **engine}}  # `model` is then reported as missing, once
+        if engine.get("model", model) != model:
+            raise ValueError(f"model={model!r} and engine.model={engine['model']!r} differ; keep model only")
+        return {**data, "model": model, "engine": {**engine, "model": model}}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        sources = {
+            "input.prompt_column": self.input.prompt_column,
+            "input.messages_column": self.input.messages_column,
+            "prompt.template": self.prompt.template,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none"
+            raise ValueError(f"exactly one of {', '.join(sources)} says what the prompt is; found {found}")
+        if self.input.messages_column and self.prompt.chat_template is False:
+            raise ValueError(
+                "prompt.chat_template=false, but input.messages_column needs a chat template; "
+                "remove it, or name a prompt_column"
+            )
+        if self.prompt.system is not None and not self.uses_chat_template:
+            raise ValueError(
+                "prompt.system needs the chat template; set prompt.chat_template: true, "
+                "or put the text into prompt.template"
+            )
+        if self.limits.budget_usd is not None and self.pricing.usd_per_device_hour == 0:
+            raise ValueError(
+                f"limits.budget_usd={self.limits.budget_usd} can never be reached at "
+                "pricing.usd_per_device_hour=0; set the price"
+            )
+        return self
+
+    @property
+    def uses_chat_template(self) -> bool:
+        if self.prompt.chat_template is None:
+            return self.input.messages_column is not None
+        return self.prompt.chat_template
+
+    @property
+    def prompt_columns(self) -> tuple[str, ...]:
+        """The columns that a prompt is made of."""
+        one = self.input.prompt_column or self.input.messages_column
+        return (one,) if one else self.prompt.template_columns
+
+    @property
+    def input_paths(self) -> tuple[str, ...]:
+        return (self.input.path,) if isinstance(self.input.path, str) else self.input.path
+
+    def resolve(self, named_models: Mapping[str, str] | None = None) -> Job:
+        """A new job with every derived value filled in: places absolute, words replaced, the model identified.
+
+        named_models: where the directory of each word in NAMED_MODELS is. Reads a few small pieces of the model's
+        files; JobError if there is no model. Resolving twice changes nothing.
+        """
+        here = Path.cwd()
+        model = _locate_model(self.model, named_models or {}, here)
+        tokenizer = _locate_model(self.engine.tokenizer or model, named_models or {}, here)
+        config = _read_model_config(model)
+        resolved = Resolved(
+            model_identity=identify_model(model),
+            tokenizer_identity=identify_tokenizer(tokenizer),
+            max_model_len=self.engine.max_model_len or _own_max_model_len(config),
+        )
+        return self.model_copy(
+            update={
+                "input": self.input.model_copy(
+                    update={"path": tuple(absolute_uri(path, here) for path in self.input_paths)}
+                ),
+                "prompt": self.prompt.model_copy(update={"chat_template": self.uses_chat_template}),
+                "model": model,
+                "engine": self.engine.model_copy(update={"model": model, "tokenizer": tokenizer}),
+                "output": OutputSection(path=absolute_uri(self.output.path, here)),
+                "resolved": resolved,
+            }
+        )
+
+    def fingerprint_fields(self) -> dict[str, JsonValue]:
+        """Everything that changes results, flat: dotted key to value. Needs a resolved job."""
+        if self.resolved is None:
+            raise ValueError("the fingerprint needs the model's identity; call resolve() first")
+        sections = {
+            "input": self.input.model_dump(mode="json", exclude={"path"}),
+            "prompt": self.prompt.model_dump(mode="json"),
+            "engine": self.engine.model_dump(mode="json", exclude=set(ENGINE_FIELDS_WITHOUT_EFFECT_ON_RESULTS)),
+            "sampling": self.sampling.model_dump(mode="json"),
+        }
+        fields: dict[str, JsonValue] = {
+            f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()
+        }
+        fields["model"] = self.resolved.model_identity
+        fields["tokenizer"] = self.resolved.tokenizer_identity
+        fields["engine.max_model_len"] = self.resolved.max_model_len
+        fields["shoal.fingerprint_version"] = FINGERPRINT_VERSION
+        return dict(sorted(fields.items()))
+
+    def fingerprint(self) -> str:
+        """sha256 over `fingerprint_fields`: the same job gives the same results under the same fingerprint."""
+        return _digest(self.fingerprint_fields())
+
+
+def diff_fingerprints(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]) -> list[str]:
+    """One line per field that differs, `key: old -> new`, for the message of a FingerprintMismatch."""
+    return [
+        f"{key}: {_show(old.get(key))} -> {_show(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+
+
+def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
+    """Read a job file and lay `key.subkey=value` overrides (values are YAML) over it; JobError if it is not valid.
+
+    Relative places in the file are relative to the file, those in an override to the current folder.
+    """
+    data = _anchor_places(_read_yaml(path), Path(path).absolute().parent)
+    for override in overrides:
+        data = _merge(data, _anchor_places(_parse_override(override), Path.cwd()), override)
+    return job_from_dict(data, path)
+
+
+def job_from_dict(data: Mapping[str, Any], source: str = "job") -> Job:
+    """Check a mapping and make a Job of it; JobError with one line per mistake."""
+    if data.get("resolved") is not None:
+        raise JobError(f"{source}: resolved is filled in by Shoal; remove it")
+    try:
+        return Job.model_validate(data)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in explain_validation_error(error, Job))
+        raise JobError(f"{source}: the job is not valid\n{lines}") from error
+
+
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of the job file."""
+    schema = Job.model_json_schema()
+    schema["required"] = [key for key in schema["required"] if key != "engine"]
+    engine = schema["$defs"]["EngineConfig"]
+    engine["required"] = [key for key in engine.get("required", []) if key != "model"]
+    if not engine["required"]:
+        del engine["required"]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Shoal job"}
+
+
+def explain_validation_error(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One readable line per mistake: key, what is wrong with which value, what is allowed."""
+    lines: list[str] = []
+    for mistake in error.errors(include_url=False):
+        location = [part for part in mistake["loc"] if not _is_union_branch(part)]
+        key = ".".join(str(part) for part in location)
+        if mistake["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key (value {_show(mistake['input'])}); {_nearest_key(location, model)}")
+        elif mistake["type"] == "missing":
+            lines.append(f"{key}: missing, and there is no default; set it")
+        elif mistake["type"] == "value_error":
+            reason = mistake["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {reason}" if key else reason)
+        else:
+            lines.append(f"{key}: {mistake['msg'].replace('Input should', 'should')}, is {_show(mistake['input'])}")
+    return list(dict.fromkeys(lines))
+
+
+def identify_model(uri: str) -> str:
+    """A short digest of a model directory that changes with its configuration or weights, and not with its place.
+
+    Of a safetensors file beyond 8 MiB it reads the header and 16 samples spread over the data, no more.
+    """
+    storage = Storage(uri)
+    files = {file.path: file for file in storage.list()}
+    weights = sorted(path for path in files if path.endswith(".safetensors") and "/" not in path)
+    parts: list[JsonValue] = [
+        [name, _digest_bytes(storage.read_bytes(name))]
+        for name in ("config.json", "generation_config.json")
+        if name in files
+    ]
+    parts += [[name, *_identify_weights(storage, name, files[name].size_bytes)] for name in weights]
+    return _digest(parts)
+
+
+def identify_tokenizer(uri: str) -> str:
+    """A short digest of the tokenizer's files, its chat template among them."""
+    storage = Storage(uri)
+    names = {file.path for file in storage.list()}
+    return _digest([[name, _digest_bytes(storage.read_bytes(name))] for name in _TOKENIZER_FILES if name in names])
+
+
+def _identify_weights(storage: Storage, name: str, size_bytes: int) -> list[JsonValue]:
+    if size_bytes <= _WHOLE_BYTES:
+        return [size_bytes, _digest_bytes(storage.read_bytes(name))]
+    (prefix,) = storage.read_ranges(name, [(0, 8)])
+    header_end = min(8 + int.from_bytes(prefix, "little"), size_bytes)
+    step = (size_bytes - header_end) // _NUM_SAMPLES
+    samples = [header_end + i * step for i in range(_NUM_SAMPLES)]
+    ranges = [(0, header_end), *((start, min(start + _SAMPLE_BYTES, size_bytes)) for start in samples)]
+    return [size_bytes, *(_digest_bytes(piece) for piece in storage.read_ranges(name, ranges))]
+
+
+def _locate_model(model: str, named_models: Mapping[str, str], base: Path) -> str:
+    if model not in NAMED_MODELS:
+        return absolute_uri(model, base)
+    if model not in named_models:
+        raise JobError(f"model: {model!r} is a word for a shipped model, and its directory was not given here")
+    return absolute_uri(named_models[model], base)
+
+
+def _read_model_config(model: str) -> dict[str, Any]:
+    place = public_uri(model)
+    try:
+        text = Storage(model).read_bytes("config.json")
+    except FileNotFoundError as error:
+        raise JobError(
+            f"model: {place} has no config.json; give a Hugging Face model directory, local or in a store "
+            f"(download one first; names on a hub are not looked up), or one of the words {', '.join(NAMED_MODELS)}"
+        ) from error
+    except StorageError as error:
+        raise JobError(f"model: {error}") from error
+    try:
+        config = json.loads(text)
+    except ValueError as error:
+        raise JobError(f"model: config.json in {place} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise JobError(f"model: config.json in {place} holds a {type(config).__name__}, not a mapping")
+    return config
+
+
+def _own_max_model_len(config: Mapping[str, Any]) -> int | None:
+    """The model's own limit where config.json says it plainly; with rope scaling the engine works it out."""
+    if config.get("rope_scaling") or (config.get("rope_parameters") or {}).get("rope_type", "default") != "default":
+        return None
+    limit = config.get("max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which a key that stands twice is a mistake, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                line = node.value[index][0].start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key!r} stands twice; remove one")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise JobError(f"{path}: there is no such job file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path}: cannot be read: {error}") from error
+    data = _parse_yaml(text, path)
+    if not isinstance(data, dict):
+        raise JobError(f"{path}: holds {_show(data)}; a job file is a mapping with input, model and output")
+    return data
+
+
+def _parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+    except (yaml.YAMLError, TypeError) as error:
+        raise JobError(f"{source}: not valid YAML: {error}") from error
+
+
+def _parse_override(override: str) -> dict[str, Any]:
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise JobError(f"--set {override}: write key.subkey=value, as in --set sampling.max_tokens=64")
+    value = _parse_yaml(text, f"--set {override}")
+    for part in reversed(parts):
+        value = {part: value}
+    return value
+
+
+def _merge(below: dict[str, Any], above: Mapping[str, Any], override: str) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(value, dict) and isinstance(old, dict):
+            merged[key] = _merge(old, value, override)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _anchor_places(data: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Make the relative places in a job's raw data absolute."""
+
+    def anchor(place: Any) -> Any:
+        if isinstance(place, list):
+            return [anchor(one) for one in place]
+        if not isinstance(place, str) or not place or place in NAMED_MODELS:
+            return place
+        return absolute_uri(place, base)
+
+    anchored = dict(data)
+    if "model" in data:
+        anchored["model"] = anchor(data["model"])
+    for section, keys in (("input", ("path",)), ("output", ("path",)), ("engine", ("model", "tokenizer"))):
+        values = data.get(section)
+        if isinstance(values, dict):
+            anchored[section] = {key: anchor(v) if key in keys else v for key, v in values.items()}
+    return anchored
+
+
+def _nearest_key(location: Sequence[int | str], model: type[BaseModel]) -> str:
+    known = list(_fields_at(location[:-1], model))
+    near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean {near[0]}?"
+    return f"known keys here: {', '.join(known)}"
+
+
+def _fields_at(location: Iterable[int | str], model: type[BaseModel]) -> Iterable[str]:
+    for part in location:
+        field = model.model_fields.get(str(part))
+        annotation = field.annotation if field else None
+        options = [annotation, *get_args(annotation)]
+        inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        if not inner:
+            return []
+        model = inner[0]
+    return [name for name in model.model_fields if name != "resolved"]
+
+
+def _is_union_branch(part: int | str) -> bool:
+    """Pydantic puts the tried branch of a union into the location, such as `literal['all','none']`."""
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _digest(value: Any) -> str:
+    return _digest_bytes(json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False).encode())
+
+
+def _digest_bytes(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
