@@ -1,0 +1,284 @@
+"""The forward pass of Llama, Mistral, Qwen2 and Qwen3 over a flat batch of tokens of many requests.
+
+Knows tensors, layers and pages; no requests, no scheduler, no sampling. Every operation is one of `kernels.backend`'s,
+and values are rounded in the order in which transformers rounds them. The engine builds a decoder once and calls
+`forward` once per step.
+
+Shape letters as in `kernels.attention_batch` (T tokens, N heads, K key/value heads, D head dimension, P pages, S slots
+of a page); H hidden size, F fused width of a projection, V vocabulary, L positions, R half the rotary dimension.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.architecture import LinearSpec
+from actors.checkpoint import Checkpoint, CheckpointError
+from actors.config import EngineConfig
+from actors.quantization import concatenate, fitting_group_size, quantize_to_nearest, unpack_weight
+from actors.rotary import resolve_max_model_len, rope_tables
+from kernels.attention_batch import AttentionBatch, new_kv_pages
+from kernels.backend import Linear, add_rms_norm, paged_attention, prepare_linear, rms_norm, rope, silu_mul, write_kv
+from kernels.int4_linear import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+KVPages = list[tuple[Tensor, Tensor]]
+"""Key and value pages of each layer, [P, K, S, D] both."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer, its weights in the form in which the device multiplies them."""
+
+    input_norm_H: Tensor
+    qkv: Linear
+    q_norm_D: Tensor | None
+    k_norm_D: Tensor | None
+    output: Linear
+    post_attention_norm_H: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+class Decoder:
+    """A loaded model. Make one with `load_decoder`.
+
+    notes: what a user should know of how it was loaded, such as layers that int4 could not take.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        embedding_VH: Tensor,
+        layers: list[Layer],
+        final_norm_H: Tensor,
+        head: Linear,
+        max_model_len: int,
+        notes: list[str],
+    ) -> None:
+        architecture = checkpoint.architecture
+        self.device, self.dtype = embedding_VH.device, embedding_VH.dtype
+        self.num_layers = architecture.num_layers
+        self.num_heads = architecture.num_heads
+        self.num_kv_heads = architecture.num_kv_heads
+        self.head_dim = architecture.head_dim
+        self.vocab_size = architecture.vocab_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = checkpoint.eos_token_ids
+        self.notes = notes
+        self._embedding_VH = embedding_VH
+        self._layers = layers
+        # The norm that follows each layer: the next layer's first, at the end the final one.
+        self._next_norms = [layer.input_norm_H for layer in layers[1:]] + [final_norm_H]
+        self._head = head
+        self._eps = architecture.rms_norm_eps
+        self._scale = architecture.head_dim**-0.5
+        self._cos_LR, self._sin_LR = rope_tables(checkpoint.config, max_model_len, self.dtype, self.device)
+
+    def new_kv(self, num_pages: int, page_size: int) -> KVPages:
+        """Allocate zeroed pages for all layers."""
+        return [
+            new_kv_pages(num_pages, self.num_kv_heads, page_size, self.head_dim, self.dtype, self.device)
+            for _ in self._layers
+        ]
+
+    def describe(self) -> list[str]:
+        """How the linear layers compute: each way with the number of layers that take it."""
+        linears = [
+            self._head,
+            *(x for layer in self._layers for x in (layer.qkv, layer.output, layer.gate_up, layer.down)),
+        ]
+        return [f"{count} x {way}" for way, count in Counter(linear.describe() for linear in linears).most_common()]
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids_T: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        kv: KVPages,
+        batch: AttentionBatch,
+        last_rows: Tensor,
+    ) -> Tensor:
+        """Run the tokens of a step, write their keys and values, and return float32 logits [len(last_rows), V].
+
+        token_ids_T, positions_T and slots_T are int64, in the order of `batch`; slot = page * S + offset. last_rows
+        (int64, may be empty) are the rows of T whose logits are wanted: only they go through the rest of the last layer
+        and through the head.
+        """
+        residual_TH = F.embedding(token_ids_T, self._embedding_VH)
+        x_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, self._eps)
+        for i, layer in enumerate(self._layers):
+            attended_TF = self._attend(layer, x_TH, positions_T, slots_T, kv[i], batch)
+            if i == self.num_layers - 1:
+                if len(last_rows) == 0:
+                    return torch.empty(0, self.vocab_size, device=self.device)
+                attended_TF, residual_TH = attended_TF[last_rows], residual_TH[last_rows]
+            x_TH = add_rms_norm(layer.output(attended_TF), residual_TH, layer.post_attention_norm_H, self._eps)
+            x_TH = layer.down(silu_mul(layer.gate_up(x_TH)))
+            x_TH = add_rms_norm(x_TH, residual_TH, self._next_norms[i], self._eps)
+        return self._head(x_TH).float()
+
+    def _attend(
+        self,
+        layer: Layer,
+        x_TH: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        pages: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+    ) -> Tensor:
+        """Project, rotate, store and attend; [T, N * D], before the output projection."""
+        num_tokens, num_heads, num_kv_heads = x_TH.shape[0], self.num_heads, self.num_kv_heads
+        qkv = layer.qkv(x_TH).view(num_tokens, num_heads + 2 * num_kv_heads, self.head_dim)
+        q_TND = qkv[:, :num_heads]
+        k_TKD = qkv[:, num_heads : num_heads + num_kv_heads]
+        v_TKD = qkv[:, num_heads + num_kv_heads :]
+        if layer.q_norm_D is not None and layer.k_norm_D is not None:
+            q_TND = rms_norm(q_TND, layer.q_norm_D, self._eps)
+            k_TKD = rms_norm(k_TKD, layer.k_norm_D, self._eps)
+        rope(q_TND, k_TKD, positions_T, self._cos_LR, self._sin_LR)
+        k_pages, v_pages = pages
+        write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+        attended_TND = paged_attention(q_TND, k_pages, v_pages, batch, self._scale, layer.window)
+        return attended_TND.reshape(num_tokens, num_heads * self.head_dim)
+
+
+def load_decoder(checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """Read the weights tensor by tensor and build the decoder on `device` with activations of `dtype`.
+
+    Weights are held once, those that are not int4 in `dtype`; the peak is the finished model and one fused layer. With
+    quantization "int4" the linear layers of a 16-bit checkpoint are rounded to nearest, the embedding and the head are
+    not. "none" decodes an int4 checkpoint to `dtype`. ValueError when config.max_model_len is beyond the model.
+    """
+    return _Loader(checkpoint, config, device, dtype).load()
+
+
+class _Loader:
+    """The state of one `load_decoder`: where weights come from and go to, and what is to be noted."""
+
+    def __init__(self, checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
+        self.architecture = checkpoint.architecture
+        self.kept_dense: Counter[str] = Counter()
+
+    def load(self) -> Decoder:
+        max_model_len = resolve_max_model_len(self.checkpoint.config, self.config.max_model_len)
+        embedding_VH = self._read("model.embed_tokens.weight").to(self.dtype)
+        layers = [self._layer(index) for index in range(self.architecture.num_layers)]
+        head = self.architecture.head()
+        return Decoder(
+            checkpoint=self.checkpoint,
+            embedding_VH=embedding_VH,
+            layers=layers,
+            final_norm_H=self._read("model.norm.weight").to(self.dtype),
+            head=self._prepare(embedding_VH, None) if head is None else self._linear([head], round_to_int4=False),
+            max_model_len=max_model_len,
+            notes=self._notes(),
+        )
+
+    def _layer(self, index: int) -> Layer:
+        prefix = f"model.layers.{index}."
+        q, k, v, output = self.architecture.attention_linears(index)
+        gate, up, down = self.architecture.mlp_linears(index)
+        has_qk_norm = self.architecture.qk_norm
+        return Layer(
+            input_norm_H=self._read(prefix + "input_layernorm.weight").to(self.dtype),
+            qkv=self._linear([q, k, v]),
+            q_norm_D=self._read(prefix + "self_attn.q_norm.weight").to(self.dtype) if has_qk_norm else None,
+            k_norm_D=self._read(prefix + "self_attn.k_norm.weight").to(self.dtype) if has_qk_norm else None,
+            output=self._linear([output]),
+            post_attention_norm_H=self._read(prefix + "post_attention_layernorm.weight").to(self.dtype),
+            gate_up=self._linear([gate, up]),
+            down=self._linear([down]),
+            window=self.architecture.windows[index],
+        )
+
+    def _read(self, name: str) -> Tensor:
+        return self.checkpoint.read(name).to(self.device)
+
+    def _linear(self, parts: Sequence[LinearSpec], round_to_int4: bool = True) -> Linear:
+        """Read linear layers of the same input and fuse them into one."""
+        weights = [self._weight(part, round_to_int4) for part in parts]
+        biases = [self._read(part.name + ".bias").to(self.dtype) if part.has_bias else None for part in parts]
+        if len(parts) == 1:
+            return self._prepare(weights[0], biases[0])
+        fused = concatenate(weights)
+        if fused is None:
+            return SideBySide([self._prepare(weight, bias) for weight, bias in zip(weights, biases)])
+        weights.clear()  # else the parts would live beside their copy while that is prepared
+        return self._prepare(fused, None if biases[0] is None else torch.cat([b for b in biases if b is not None]))
+
+    def _prepare(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Linear:
+        # How packed int4 is multiplied is a choice that only a CPU has, and only for such weights.
+        has_choice = isinstance(weight, QuantizedWeight) and self.device.type == "cpu"
+        compute = self.config.linear_compute if has_choice else "auto"
+        return prepare_linear(weight, bias, dtype=self.dtype, device=self.device, compute=compute)
+
+    def _weight(self, linear: LinearSpec, round_to_int4: bool) -> Tensor | QuantizedWeight:
+        if self.checkpoint.packed_format(linear.name) is not None:
+            return self._packed_weight(linear)
+        weight_NK = self._read(linear.name + ".weight")
+        if self.config.quantization != "int4" or not round_to_int4 or self.checkpoint.quantization is not None:
+            return weight_NK.to(self.dtype)
+        group_size = fitting_group_size(linear.num_in, self.config.group_size)
+        if group_size is None:
+            self.kept_dense[f"input size {linear.num_in} is no multiple of 32"] += 1
+            return weight_NK.to(self.dtype)
+        try:
+            return quantize_to_nearest(weight_NK, group_size)
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.uri}: tensor {linear.name}.weight: {error}") from error
+
+    def _packed_weight(self, linear: LinearSpec) -> Tensor | QuantizedWeight:
+        packed = self.checkpoint.packed_format(linear.name)
+        assert packed is not None
+        unpacked = unpack_weight(
+            self._read(linear.name + ".weight_packed"),
+            self._read(linear.name + ".weight_scale"),
+            None if packed.symmetric else self._read(linear.name + ".weight_zero_point"),
+            linear,
+            packed,
+        )
+        if self.config.quantization == "none":
+            self.kept_dense["quantization is none, so the checkpoint's int4 is decoded"] += 1
+            return unpacked.to_float().to(self.dtype)
+        weight = unpacked.regroup()
+        if weight is None:
+            size = packed.group_size or linear.num_in
+            self.kept_dense[f"its groups of {size} on an input size of {linear.num_in} fit no multiple of 32"] += 1
+            return unpacked.to_float().to(self.dtype)
+        return weight
+
+    def _notes(self) -> list[str]:
+        dtype = str(self.dtype).removeprefix("torch.")
+        notes = [
+            f"{count} linear layers stay in {dtype} instead of int4: {reason}"
+            for reason, count in self.kept_dense.items()
+        ]
+        for note in notes:
+            logger.warning("%s: %s", self.checkpoint.uri, note)
+        return [*self.checkpoint.notes, *notes]
+
+
+class SideBySide:
+    """Linear layers of the same input whose weights are not alike: computed one by one, outputs joined on N."""
+
+    def __init__(self, linears: list[Linear]) -> None:
+        self.linears = linears
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return torch.cat([linear(x_TK) for linear in self.linears], dim=-1)
+
+    def describe(self) -> str:
+        """The ways of the parts."""
+        return " beside ".join(linear.describe() for linear in self.linears)
