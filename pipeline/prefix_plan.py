@@ -6,12 +6,27 @@ shared prefix once. Same input, same slices. Knows no Ray; called by the read ta
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
-from actors.requests import Request, RowError, SamplingParams
+from actors.requests import Request, RowError, SamplingParams, derive_seed
+from pipeline.job import Job
+from pipeline.prompts import RenderedRow, Renderer
+from pipeline.shards import Shard, ShardError, open_shard
+from pipeline.storage import public_uri
+
+_RENDER_BATCH_ROWS = 1024
+_BORDER_SEARCH = 0.25
+"""A slice may be this share smaller or larger than its target, so that it can end where a prefix group does."""
+
+IntArray = NDArray[np.int32]
 
 _ROWS_SCHEMA = pa.schema(
     [
@@ -120,3 +135,197 @@ class Slice:
             for row in table.to_pylist()
         ]
         return cls(rows=rows, **head)
+
+
+@dataclass(slots=True)
+class ShardPlan:
+    """All of a shard, in the order of computing; iterate it for its slices. Rows are held as packed token ids, and
+    a slice is made when asked for. A shard without rows has no slices."""
+
+    shard: Shard
+    plan_id: str
+    num_rows: int
+    num_error_rows: int
+    num_duplicate_rows: int
+    prompt_tokens: int
+    achievable_prefix_tokens: int
+    _rows: list[_Row]
+    _shared: IntArray
+    _borders: list[int]
+
+    @property
+    def num_slices(self) -> int:
+        return len(self._borders) - 1
+
+    def __iter__(self) -> Iterator[Slice]:
+        return map(self.slice, range(self.num_slices))
+
+    def slice(self, index: int) -> Slice:
+        start, end = self._borders[index], self._borders[index + 1]
+        return Slice(
+            shard=self.shard.name,
+            etag=self.shard.etag,
+            index=index,
+            num_slices=self.num_slices,
+            rows=[row.to_planned() for row in self._rows[start:end]],
+            plan_id=self.plan_id,
+            achievable_prefix_tokens=int(self._shared[start:end].sum()),
+        )
+
+
+def plan_shard(job: Job, shard: Shard, tokenizer: Any) -> ShardPlan:
+    """Render, tokenise, fold, order and cut one shard. ShardError if the file cannot be read.
+
+    job: resolved, so that prompts which are too long are found here. tokenizer: a transformers tokenizer.
+    """
+    rows = [
+        _pack_row(job, shard, index, rendered) for index, rendered in enumerate(_render_rows(job, shard, tokenizer))
+    ]
+    num_rows = len(rows)
+    rows = fold_duplicates(rows)
+    rows.sort(key=lambda row: (row.order, row.row_index))
+    shared = shared_prefix_lengths([row.token_ids for row in rows])
+    computed = np.array([len(row.token_ids) for row in rows], np.int64) - shared
+    borders = cut_at_borders(computed, shared, job.plan.slice_tokens, job.plan.max_rows_per_slice)
+    return ShardPlan(
+        shard=shard,
+        plan_id=_identify_plan(shard, rows, borders),
+        num_rows=num_rows,
+        num_error_rows=sum(row.error is not None for row in rows),
+        num_duplicate_rows=num_rows - len(rows),
+        prompt_tokens=sum(len(row.token_ids) for row in rows),
+        achievable_prefix_tokens=int(shared.sum()),
+        _rows=rows,
+        _shared=shared,
+        _borders=borders,
+    )
+
+
+@dataclass(slots=True)
+class _Row:
+    """A row while it is planned; `order` sorts as the token ids do, and bytes compare much faster than lists."""
+
+    row_index: int
+    token_ids: IntArray
+    order: bytes
+    overrides: str | None
+    seed: int
+    fold_key: Hashable | None
+    error: RowError | None
+    duplicates: list[int] = field(default_factory=list)
+
+    def to_planned(self) -> PlannedRow:
+        return PlannedRow(
+            self.row_index, self.token_ids.tolist(), self.overrides, self.seed, self.error, self.duplicates
+        )
+
+
+def fold_duplicates(rows: Sequence[_Row]) -> list[_Row]:
+    """Keep the first of all rows that are bound to get the same answer, and hang the others on it."""
+    kept: list[_Row] = []
+    first: dict[Hashable, _Row] = {}
+    for row in rows:
+        if row.fold_key is None:
+            kept.append(row)
+            continue
+        original = first.setdefault((row.order, row.fold_key), row)
+        if original is row:
+            kept.append(row)
+        else:
+            original.duplicates.append(row.row_index)
+    return kept
+
+
+def shared_prefix_lengths(rows: Sequence[IntArray]) -> IntArray:
+    """How many first tokens each row has in common with the row before. Never all of them: an engine has to
+    compute a prompt's last token to answer it."""
+    shared = np.zeros(len(rows), np.int32)
+    for i in range(1, len(rows)):
+        length = min(len(rows[i - 1]), len(rows[i]) - 1)
+        if length > 0:
+            differs = rows[i - 1][:length] != rows[i][:length]
+            first = int(differs.argmax())
+            shared[i] = first if differs[first] else length
+    return shared
+
+
+def cut_at_borders(computed: NDArray[np.int64], shared: IntArray, target_tokens: int, max_rows: int) -> list[int]:
+    """Where slices begin, and the end of the last.
+
+    A slice takes rows until about `target_tokens` have to be computed, or `max_rows`; within a quarter around that
+    it ends before the row that shares least with its forerunner, of equals the last.
+    """
+    num_rows = len(computed)
+    borders = [0]
+    total = np.concatenate([[0], np.cumsum(computed)])
+    while (start := borders[-1]) < num_rows:
+        low = _fill(total, start, target_tokens * (1 - _BORDER_SEARCH), int(max_rows * (1 - _BORDER_SEARCH)))
+        high = _fill(total, start, target_tokens * (1 + _BORDER_SEARCH), max_rows)
+        if high == num_rows:
+            borders.append(num_rows)
+            break
+        candidates = shared[low : high + 1][::-1]
+        borders.append(high - int(candidates.argmin()))
+    return borders
+
+
+def _fill(total: NDArray[np.int64], start: int, tokens: float, max_rows: int) -> int:
+    """The end of a slice from `start` with at most so many tokens and rows, and at least one row."""
+    end = int(np.searchsorted(total, total[start] + tokens, side="right")) - 1
+    return max(start + 1, min(end, start + max_rows))
+
+
+def _render_rows(job: Job, shard: Shard, tokenizer: Any) -> Iterator[RenderedRow]:
+    renderer = Renderer(job, tokenizer)
+    for batch in _read_batches(shard, renderer.columns):
+        yield from renderer.render(batch)
+
+
+def _read_batches(shard: Shard, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    num_rows = 0
+    with open_shard(shard) as file:
+        batches = file.iter_batches(_RENDER_BATCH_ROWS, columns=columns)
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:  # damaged pages are Arrow's errors, a lost connection is the store's own
+                raise ShardError(f"{public_uri(shard.uri)} cannot be read beyond row {num_rows}: {error}") from error
+            if batch is None:
+                return
+            num_rows += len(batch)
+            yield batch
+
+
+def _pack_row(job: Job, shard: Shard, index: int, rendered: RenderedRow) -> _Row:
+    token_ids = np.asarray(rendered.token_ids, np.int32)
+    own_seed = rendered.overrides is not None and "seed" in json.loads(rendered.overrides)
+    if own_seed:
+        seed = rendered.sampling.seed
+    elif rendered.id is not None:
+        seed = derive_seed(job.sampling.seed, rendered.id)
+    else:
+        seed = derive_seed(job.sampling.seed, shard.name, index)
+    return _Row(
+        row_index=index,
+        token_ids=token_ids,
+        order=token_ids.astype(">u4").tobytes(),
+        overrides=rendered.overrides,
+        seed=seed,
+        fold_key=None if rendered.error else _fold_key(rendered.sampling, own_seed),
+        error=rendered.error,
+    )
+
+
+def _fold_key(sampling: SamplingParams, own_seed: bool) -> Hashable | None:
+    """What besides the tokens decides an answer; None if every row's noise is its own."""
+    if sampling.is_greedy:
+        return sampling.model_copy(update={"seed": 0})
+    return sampling if own_seed else None
+
+
+def _identify_plan(shard: Shard, rows: Sequence[_Row], borders: Sequence[int]) -> str:
+    digest = hashlib.blake2b(f"{shard.name}\x1f{shard.etag}\x1f{list(borders)}".encode(), digest_size=8)
+    for row in rows:
+        digest.update(repr((row.row_index, row.duplicates, row.overrides, row.seed, row.error)).encode())
+        digest.update(row.order)
+    return digest.hexdigest()
