@@ -1,0 +1,475 @@
+"""Attention over paged keys and values: one kernel for decode, verification and prefill chunks.
+
+    o[t, n] = sum_j softmax_j(scale q[t, n] . k[j, n / G]) v[j, n / G],    t's position - window < j <= t's position
+
+Kwon et al. 2023 (PagedAttention), Dao 2023 (FlashAttention-2, split keys merged by log-sum-exp). The work of a step is
+cut into parts. A part lets consecutive query tokens, with the G query heads of a key/value head side by side as
+rows, attend to one range of one page table:
+
+- a request with at most 16 rows (decode, a few draft tokens) gets one part per SMALL_SPLIT tokens of its context;
+- a longer chunk gets one part per tile of its query tokens, over the whole context, as its tiles fill the device;
+- a prefix group attends its shared pages once, in one part per tile of all its query tokens and LARGE_SPLIT tokens;
+  its requests have parts of their own for what follows.
+
+Where a token was in several parts, a second kernel merges them in a fixed order. All sizes are fixed, and no tile is
+chosen by the rest of the batch: a row's result depends on its own query tokens and context, and on whether it is in a
+group, but not on how many rows are beside it.
+
+Shape letters as in kernels/attention_batch.py; G = N / K, R query rows of a tile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from kernels.attention_batch import AttentionBatch
+from kernels.on_demand import triton_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
+
+SMALL_ROWS = 16
+LARGE_ROWS = 64
+SMALL_SPLIT = 512
+LARGE_SPLIT = 2048
+KEYS_PER_TILE = 64
+MERGE_ELEMENTS = 1024
+
+
+@triton_kernel
+def _attend_kernel(
+    q,
+    k_pages,
+    v_pages,
+    out,
+    partial,
+    partial_lse,
+    parts,
+    positions,
+    page_ids,
+    scale,
+    window,
+    q_stride_token,
+    q_stride_head,
+    k_stride_page,
+    k_stride_head,
+    v_stride_page,
+    v_stride_head,
+    num_heads,
+    head_dim,
+    HEADS_PER_KV: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PADDED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One program per part and key/value head. `scale` includes log2(e): the one base here is 2.
+
+    Moves the keys and values of the part's range once, its queries once, and its result once.
+    """
+    part = parts + tl.program_id(0) * 6
+    kv_head = tl.program_id(1).to(tl.int64)
+    first_token = tl.load(part)
+    num_tokens = tl.load(part + 1)
+    table = page_ids + tl.load(part + 2)
+    start = tl.load(part + 3)
+    stop = tl.load(part + 4)
+    first_slot = tl.load(part + 5)
+
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    token = (first_token + row // HEADS_PER_KV).to(tl.int64)
+    head = kv_head * HEADS_PER_KV + row % HEADS_PER_KV
+    row_inside = row // HEADS_PER_KV < num_tokens
+    column_inside = column < head_dim if PADDED else column >= 0
+    inside = row_inside[:, None] & column_inside[None, :]
+    at_q = q + token[:, None] * q_stride_token + head[:, None] * q_stride_head + column[None, :]
+    queries = tl.load(at_q, mask=inside, other=0.0)
+    position = tl.load(positions + token, mask=row_inside, other=-1)
+    if WINDOWED:
+        first_position = tl.load(positions + first_token)
+        start = tl.maximum(start, tl.min(tl.where(row_inside, position, first_position)) - window + 1)
+
+    best = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    acc = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first_key in tl.range(start, stop, KEYS, num_stages=STAGES):
+        key = first_key + tl.arange(0, KEYS)
+        key_inside = key < stop
+        page = tl.load(table + key // PAGE, mask=key_inside, other=0).to(tl.int64)
+        in_page = (key % PAGE) * head_dim
+        load_inside = key_inside[:, None] & column_inside[None, :]
+        at_k = page * k_stride_page + kv_head * k_stride_head + in_page
+        keys = tl.load(k_pages + at_k[:, None] + column[None, :], mask=load_inside, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        seen = key_inside[None, :] & (key[None, :] <= position[:, None])
+        if WINDOWED:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        scores = tl.where(seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        # A row that has seen nothing yet has best = -inf, and -inf - -inf is no number.
+        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+        # Scaled after the subtraction, whose result is small: that rounds less than scaling the scores.
+        weights = tl.exp2((scores - shift[:, None]) * scale)
+        decay = tl.exp2((best - shift) * scale)
+        total = total * decay + tl.sum(weights, axis=1)
+        at_v = page * v_stride_page + kv_head * v_stride_head + in_page
+        values = tl.load(v_pages + at_v[:, None] + column[None, :], mask=load_inside, other=0.0)
+        acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+        best = new_best
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    if first_slot < 0:
+        at = (token * num_heads + head)[:, None] * head_dim + column[None, :]
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
+    else:
+        lse = tl.where(empty, float("-inf"), best * scale + tl.log2(tl.where(empty, 1.0, total)))
+        slot = ((first_slot + row // HEADS_PER_KV).to(tl.int64) * num_heads) + head
+        tl.store(partial + slot[:, None] * head_dim + column[None, :], acc, mask=inside)
+        tl.store(partial_lse + slot, lse, mask=row_inside)
+
+
+@triton_kernel
+def _merge_kernel(
+    partial,
+    partial_lse,
+    out,
+    tokens,
+    slot_starts,
+    slots,
+    num_heads,
+    head_dim,
+    HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program per merged token and HEADS heads: out = sum of partials weighted by exp2(lse - largest lse).
+
+    Reads each partial result once (float32) and writes the output once.
+    """
+    index = tl.program_id(0)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    column = tl.arange(0, BLOCK)
+    head_inside = head < num_heads
+    inside = head_inside[:, None] & (column < head_dim)[None, :]
+    start = tl.load(slot_starts + index)
+    stop = tl.load(slot_starts + index + 1)
+    largest = tl.full((HEADS,), float("-inf"), tl.float32)
+    for i in range(start, stop):
+        slot = tl.load(slots + i).to(tl.int64) * num_heads + head
+        largest = tl.maximum(largest, tl.load(partial_lse + slot, mask=head_inside, other=0.0))
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, BLOCK), tl.float32)
+    for i in range(start, stop):
+        slot = tl.load(slots + i).to(tl.int64) * num_heads + head
+        weight = tl.exp2(tl.load(partial_lse + slot, mask=head_inside, other=0.0) - largest)
+        total += weight
+        values = tl.load(partial + slot[:, None] * head_dim + column[None, :], mask=inside, other=0.0)
+        acc += weight[:, None] * values
+    token = tl.load(tokens + index).to(tl.int64)
+    at = (token * num_heads + head)[:, None] * head_dim + column[None, :]
+    tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Query tokens [first_token, + num_tokens) against tokens [start, stop) of the page table at `table`."""
+
+    first_token: int
+    num_tokens: int
+    table: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """A step's parts as int32 tensors on the device: small_parts and large_parts [X, 6] hold a part's fields and its
+    first row of the partial results (-1: straight to the output); the rest says what is merged from where."""
+
+    small_parts: Tensor
+    large_parts: Tensor
+    positions_T: Tensor
+    page_ids: Tensor
+    num_slots: int
+    merged_tokens: Tensor
+    merged_slot_starts: Tensor
+    merged_slots: Tensor
+
+
+def plan_attention(batch: AttentionBatch, heads_per_kv: int, window: int | None, device: torch.device) -> AttentionPlan:
+    """Cut a step into parts."""
+    tables, table_starts = _lay_out_tables(batch)
+    first_tokens = [0]
+    positions: list[int] = []
+    for num_queries, num_context in zip(batch.query_lens, batch.context_lens):
+        first_tokens.append(first_tokens[-1] + num_queries)
+        positions.extend(range(num_context - num_queries, num_context))
+
+    small, large = [], []
+    num_shared = [0] * len(batch.query_lens)
+    for i, group in enumerate(batch.groups):
+        end = group.first_request + group.num_requests
+        shared_tokens = len(group.page_ids) * batch.page_size
+        num_shared[group.first_request : end] = [shared_tokens] * group.num_requests
+        table = table_starts[len(batch.query_lens) + i]
+        for first, num_tokens in _tiles(first_tokens[group.first_request], first_tokens[end], heads_per_kv):
+            large.extend(_splits(_Part(first, num_tokens, table, 0, shared_tokens), LARGE_SPLIT))
+    for request, num_queries in enumerate(batch.query_lens):
+        first, table, start = first_tokens[request], table_starts[request], num_shared[request]
+        num_context = batch.context_lens[request]
+        if num_queries * heads_per_kv <= SMALL_ROWS:
+            small.extend(_splits(_Part(first, num_queries, table, start, num_context), SMALL_SPLIT))
+            continue
+        for tile, num_tokens in _tiles(first, first + num_queries, heads_per_kv):
+            large.append(_Part(tile, num_tokens, table, start, positions[tile + num_tokens - 1] + 1))
+    if window is not None:
+        small = [part for part in small if _is_seen(part, positions, window)]
+        large = [part for part in large if _is_seen(part, positions, window)]
+    return _upload(small, large, positions, tables, device)
+
+
+def _lay_out_tables(batch: AttentionBatch) -> tuple[list[int], list[int]]:
+    """All page tables in one list, the requests' and then the groups', and where each starts."""
+    page_ids: list[int] = []
+    starts = []
+    for table in [*batch.page_ids, *(group.page_ids for group in batch.groups)]:
+        starts.append(len(page_ids))
+        page_ids.extend(table)
+    return page_ids, starts
+
+
+def _tiles(first: int, stop: int, heads_per_kv: int) -> list[tuple[int, int]]:
+    step = LARGE_ROWS // heads_per_kv
+    return [(token, min(step, stop - token)) for token in range(first, stop, step)]
+
+
+def _splits(part: _Part, size: int) -> list[_Part]:
+    """Cut a part's range at multiples of `size`."""
+    cuts = [part.start, *range((part.start // size + 1) * size, part.stop, size), part.stop]
+    return [
+        _Part(part.first_token, part.num_tokens, part.table, start, stop)
+        for start, stop in pairwise(cuts)
+        if start < stop
+    ]
+
+
+def _is_seen(part: _Part, positions: list[int], window: int) -> bool:
+    tokens = range(part.first_token, part.first_token + part.num_tokens)
+    return part.stop > min(positions[token] for token in tokens) - window + 1
+
+
+def _upload(
+    small: list[_Part], large: list[_Part], positions: list[int], page_ids: list[int], device: torch.device
+) -> AttentionPlan:
+    """Number the partial results and bring the plan to the device."""
+    parts_of = [0] * len(positions)
+    for part in small + large:
+        for token in range(part.first_token, part.first_token + part.num_tokens):
+            parts_of[token] += 1
+    slots: list[list[int]] = [[] for _ in positions]
+    num_slots = 0
+    rows = []
+    for part in small + large:
+        tokens = range(part.first_token, part.first_token + part.num_tokens)
+        slot = -1
+        if any(parts_of[token] > 1 for token in tokens):
+            slot = num_slots
+            num_slots += part.num_tokens
+            for token in tokens:
+                slots[token].append(slot + token - part.first_token)
+        rows.append((part.first_token, part.num_tokens, part.table, part.start, part.stop, slot))
+    merged = [token for token, token_slots in enumerate(slots) if token_slots]
+    starts = [0]
+    for token in merged:
+        starts.append(starts[-1] + len(slots[token]))
+
+    def to_device(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
+
+    return AttentionPlan(
+        small_parts=to_device(rows[: len(small)]),
+        large_parts=to_device(rows[len(small) :]),
+        positions_T=to_device(positions),
+        page_ids=to_device(page_ids),
+        num_slots=num_slots,
+        merged_tokens=to_device(merged),
+        merged_slot_starts=to_device(starts),
+        merged_slots=to_device([slot for token in merged for slot in slots[token]]),
+    )
+
+
+def paged_attention_triton(
+    q_TND: Tensor,
+    k_pages_PKSD: Tensor,
+    v_pages_PKSD: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Attend every query token of a step, [T, N, D]; causal per request.
+
+    Head dimensions 8 to 256, also ones that are no power of two; 1 to 16 query heads per key/value head; any page
+    size, and any strides of pages, page heads, tokens and query heads. Partial results take float32 [T', N, D], where
+    T' counts a token once per part.
+    """
+    check_attention(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+    num_tokens, num_heads, head_dim = q_TND.shape
+    num_kv_heads = k_pages_PKSD.shape[1]
+    out_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
+    if not num_tokens:
+        return out_TND
+    key = ("triton_attention", num_heads // num_kv_heads, window)
+    plan = batch.cache.get(key)
+    if plan is None:
+        plan = plan_attention(batch, num_heads // num_kv_heads, window, q_TND.device)
+        batch.cache[key] = plan
+    partial = torch.empty((plan.num_slots, num_heads, head_dim), dtype=torch.float32, device=q_TND.device)
+    partial_lse = torch.empty((plan.num_slots, num_heads), dtype=torch.float32, device=q_TND.device)
+    block = max(16, 1 << (head_dim - 1).bit_length())
+    for parts, rows in ((plan.small_parts, SMALL_ROWS), (plan.large_parts, LARGE_ROWS)):
+        if not len(parts):
+            continue
+        _attend_kernel[(len(parts), num_kv_heads)](
+            q_TND,
+            k_pages_PKSD,
+            v_pages_PKSD,
+            out_TND,
+            partial,
+            partial_lse,
+            parts,
+            plan.positions_T,
+            plan.page_ids,
+            scale * math.log2(math.e),
+            window or 0,
+            q_TND.stride(0),
+            q_TND.stride(1),
+            k_pages_PKSD.stride(0),
+            k_pages_PKSD.stride(1),
+            v_pages_PKSD.stride(0),
+            v_pages_PKSD.stride(1),
+            num_heads,
+            head_dim,
+            HEADS_PER_KV=num_heads // num_kv_heads,
+            ROWS=rows,
+            PAGE=batch.page_size,
+            KEYS=KEYS_PER_TILE if block <= 128 else KEYS_PER_TILE // 2,
+            BLOCK=block,
+            PADDED=block != head_dim,
+            WINDOWED=window is not None,
+            STAGES=3 if block <= 128 else 2,
+            num_warps=4,
+        )
+    if plan.num_slots:
+        heads = max(1, min(1 << (num_heads - 1).bit_length(), MERGE_ELEMENTS // block))
+        _merge_kernel[(len(plan.merged_tokens), -(-num_heads // heads))](
+            partial,
+            partial_lse,
+            out_TND,
+            plan.merged_tokens,
+            plan.merged_slot_starts,
+            plan.merged_slots,
+            num_heads,
+            head_dim,
+            HEADS=heads,
+            BLOCK=block,
+            num_warps=4,
+        )
+    return out_TND
+
+
+def check_attention(
+    q_TND: Tensor, k_pages: Tensor, v_pages: Tensor, batch: AttentionBatch, scale: float, window: int | None
+) -> None:
+    """Refuse what does not belong together. Page ids are not read: they must be in [0, P)."""
+    num_tokens, num_heads, head_dim = q_TND.shape
+    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim:
+        raise ValueError(
+            f"paged_attention: pages are {tuple(k_pages.shape)} and {tuple(v_pages.shape)}; "
+            f"they must be [pages, heads, slots, {head_dim}]"
+        )
+    num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
+    if num_heads % num_kv_heads or not 1 <= num_heads // num_kv_heads <= 16:
+        raise ValueError(
+            f"paged_attention: {num_heads} query heads on {num_kv_heads} key/value heads; 1 to 16 may share one"
+        )
+    if not 8 <= head_dim <= 256:
+        raise ValueError(f"paged_attention: head dimension is {head_dim}; it must be 8 to 256")
+    if q_TND.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"paged_attention: q is {q_TND.dtype}; it must be float32, float16 or bfloat16")
+    for name, x in (("k pages", k_pages), ("v pages", v_pages)):
+        if x.dtype != q_TND.dtype or x.device != q_TND.device:
+            raise ValueError(
+                f"paged_attention: {name} are {x.dtype} on {x.device}, q is {q_TND.dtype} on {q_TND.device}"
+            )
+        if x.stride(3) != 1 or x.stride(2) != head_dim:
+            raise ValueError(
+                f"paged_attention: {name} have strides {x.stride()}; a page's slots must be contiguous per head"
+            )
+    if q_TND.stride(2) != 1:
+        raise ValueError(f"paged_attention: q has strides {q_TND.stride()}; the head dimension must be contiguous")
+    if not scale > 0:
+        raise ValueError(f"paged_attention: scale is {scale}; it must be above 0")
+    if window is not None and window < 1:
+        raise ValueError(f"paged_attention: window is {window}; it must be at least 1, or None")
+    check_batch(batch, num_tokens, page_size)
+
+
+def check_batch(batch: AttentionBatch, num_tokens: int, page_size: int) -> None:
+    """Refuse lengths and tables that contradict each other."""
+    if batch.page_size != page_size:
+        raise ValueError(f"paged_attention: the batch says page_size={batch.page_size}, the pages {page_size}")
+    if batch.num_tokens != num_tokens:
+        raise ValueError(f"paged_attention: query_lens sum to {batch.num_tokens}, q has {num_tokens} tokens")
+    if not len(batch.query_lens) == len(batch.context_lens) == len(batch.page_ids):
+        raise ValueError(
+            f"paged_attention: {len(batch.query_lens)} query_lens, {len(batch.context_lens)} context_lens and "
+            f"{len(batch.page_ids)} page tables; there must be one of each per request"
+        )
+    for request, (num_queries, num_context) in enumerate(zip(batch.query_lens, batch.context_lens)):
+        room = len(batch.page_ids[request]) * page_size
+        if not 1 <= num_queries <= num_context <= room:
+            raise ValueError(
+                f"paged_attention: request {request} has {num_queries} query tokens, {num_context} tokens of "
+                f"context and pages for {room}; it must be 1 <= queries <= context <= room"
+            )
+
+
+def paged_attention_reference(
+    q_TND: Tensor,
+    k_pages_PKSD: Tensor,
+    v_pages_PKSD: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """One softmax over each query token's whole context, in `dtype`, returned in `dtype`; ignores groups."""
+    outputs = []
+    first = 0
+    for num_queries, num_context, page_ids in zip(batch.query_lens, batch.context_lens, batch.page_ids):
+        pages = torch.tensor([int(page) for page in page_ids], device=q_TND.device)
+        heads_per_kv = q_TND.shape[1] // k_pages_PKSD.shape[1]
+        k, v = (
+            pages_PKSD[pages].transpose(1, 2).flatten(0, 1)[:num_context].to(dtype).repeat_interleave(heads_per_kv, 1)
+            for pages_PKSD in (k_pages_PKSD, v_pages_PKSD)
+        )
+        q = q_TND[first : first + num_queries].to(dtype)
+        scores = torch.einsum("tnd,cnd->ntc", q, k) * scale
+        key = torch.arange(num_context, device=q.device)
+        position = torch.arange(num_context - num_queries, num_context, device=q.device).unsqueeze(1)
+        hidden = key > position
+        if window is not None:
+            hidden |= key <= position - window
+        outputs.append(torch.einsum("ntc,cnd->tnd", scores.masked_fill(hidden, -math.inf).softmax(-1), v))
+        first += num_queries
+    return torch.cat(outputs)
