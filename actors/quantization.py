@@ -58,10 +58,9 @@ def _round_groups(weight_Xg: Tensor) -> tuple[Tensor, Tensor]:
     if not torch.isfinite(largest_X).all():
         raise ValueError("the weight holds NaN or infinity and cannot be rounded to int4")
     best_error_X = torch.full_like(largest_X, torch.inf)
-    best_scale_X = torch.ones_like(largest_X)
+    best_scale_X = _scale_of(largest_X, CLIP_RATIOS[0])
     for ratio in CLIP_RATIOS:
-        scale_X = (largest_X * (ratio / 7)).bfloat16().float()
-        scale_X[scale_X == 0] = 1.0
+        scale_X = _scale_of(largest_X, ratio)
         rounded = weight_Xg.div(scale_X[:, None]).round_().clamp_(-8, 7).mul_(scale_X[:, None])
         error_X = rounded.sub_(weight_Xg).square_().sum(dim=1)
         is_better_X = error_X < best_error_X
@@ -69,6 +68,11 @@ def _round_groups(weight_Xg: Tensor) -> tuple[Tensor, Tensor]:
         best_scale_X = torch.where(is_better_X, scale_X, best_scale_X)
     q = weight_Xg.div(best_scale_X[:, None]).round_().clamp_(-8, 7).add_(8)
     return q.to(torch.uint8), best_scale_X
+
+
+def _scale_of(largest_X: Tensor, ratio: float) -> Tensor:
+    scale_X = (largest_X * (ratio / 7)).bfloat16().float()
+    return scale_X.masked_fill_(scale_X == 0, 1.0)
 
 
 def fitting_group_size(num_in: int, largest: int) -> int | None:
