@@ -376,21 +376,23 @@ def job_schema() -> dict[str, Any]:
 
 
 def explain_validation_error(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """One readable line per mistake: key, what is wrong with which value, what is allowed."""
-    lines: list[str] = []
+    """One readable line per key with a mistake: what is wrong with which value, what is allowed."""
+    reasons: dict[str, list[str]] = {}
     for mistake in error.errors(include_url=False):
         location = [part for part in mistake["loc"] if not _is_union_branch(part)]
-        key = ".".join(str(part) for part in location)
         if mistake["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key (value {_show(mistake['input'])}); {_nearest_key(location, model)}")
+            reason = f"unknown key (value {_show(mistake['input'])}); {_nearest_key(location, model)}"
         elif mistake["type"] == "missing":
-            lines.append(f"{key}: missing, and there is no default; set it")
+            reason = "missing, and there is no default; set it"
         elif mistake["type"] == "value_error":
             reason = mistake["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {reason}" if key else reason)
         else:
-            lines.append(f"{key}: {mistake['msg'].replace('Input should', 'should')}, is {_show(mistake['input'])}")
-    return list(dict.fromkeys(lines))
+            reason = f"{mistake['msg'].replace('Input should', 'should')}, is {_show(mistake['input'])}"
+        reasons.setdefault(".".join(str(part) for part in location), []).append(reason)
+    return [
+        f"{key}: {'; or '.join(dict.fromkeys(several))}" if key else "; ".join(several)
+        for key, several in reasons.items()
+    ]
 
 
 def identify_model(uri: str) -> str:
@@ -560,7 +562,7 @@ def _fields_at(location: Iterable[int | str], model: type[BaseModel]) -> Iterabl
 
 def _is_union_branch(part: int | str) -> bool:
     """Pydantic puts the tried branch of a union into the location, such as `literal['all','none']`."""
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
+    return isinstance(part, str) and ("[" in part or part in ("str", "int", "constrained-int"))
 
 
 def _show(value: Any) -> str:

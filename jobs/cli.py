@@ -1,0 +1,156 @@
+"""The command `shoal`: declares the commands, calls the file of the same name, and turns mistakes into exit codes.
+
+Imports each command's file only when it is called, so that `shoal schema` needs neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+EXIT_BUG = 1
+EXIT_USAGE = 2
+EXIT_FINGERPRINT_MISMATCH = 5
+
+FLOORS = ("kernels", "actors", "pipeline", "jobs")
+
+app = typer.Typer(
+    name="shoal",
+    help="Batch inference over a corpus of prompts: a row in, a row out, and a bill that adds up.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"shoal {version('shoal')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def shoal(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Declares the options that stand before a command."""
+
+
+@app.command("run")
+def run_command(
+    job: Annotated[str, typer.Argument(help="The job file (YAML).")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as in --set sampling.max_tokens=64."),
+    ] = None,
+) -> None:
+    """Answer a corpus; run again to continue or to add what is new."""
+    from jobs.run import run
+
+    raise typer.Exit(run(job, overrides or []))
+
+
+@app.command("status")
+def status_command(output: Annotated[str, typer.Argument(help="A run's output folder, local or any URI.")]) -> None:
+    """Say how far a run is and what it cost, from the files that it published."""
+    from jobs.status import status
+
+    raise typer.Exit(status(output))
+
+
+@app.command("schema")
+def schema_command() -> None:
+    """Print the JSON Schema of the job file."""
+    from jobs.schema import schema
+
+    raise typer.Exit(schema())
+
+
+@app.command("demo")
+def demo_command(
+    rows: Annotated[int, typer.Option(min=1, help="How many support tickets to make and answer.")] = 2000,
+    output: Annotated[str, typer.Option(help="Folder for the corpus and the answers.")] = "demo-output",
+) -> None:
+    """Answer a made-up corpus with the shipped model, and check the answers."""
+    from jobs.demo.main import demo
+
+    raise typer.Exit(demo(rows=rows, output=output))
+
+
+@app.command("bench")
+def bench_command(name: Annotated[str, typer.Argument(help="Which: engine or pipeline.")]) -> None:
+    """Measure against a baseline in the same command; the last line is JSON."""
+    from jobs.bench import bench
+
+    raise typer.Exit(bench(name))
+
+
+@app.command("train-demo")
+def train_demo_command(
+    output: Annotated[str, typer.Option(help="Folder for the two models.")] = "demo-models",
+) -> None:
+    """Train the shipped model and its draft again, from seeds."""
+    from jobs.demo.train import train
+
+    raise typer.Exit(train(output))
+
+
+def main() -> None:
+    """Run the command line and exit: 2 and a message for a mistake of the user, 1 and a traceback for one of ours."""
+    try:
+        _refuse_namesakes()
+        app()
+    except Exception as error:
+        if not is_users_mistake(error):
+            traceback.print_exc()
+            raise SystemExit(EXIT_BUG) from error
+        print(f"shoal: {error}", file=sys.stderr)
+        raise SystemExit(_exit_code(error)) from error
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """A bad setting: one of Shoal's own ValueErrors, pydantic's, or a plain one that Shoal itself raised.
+
+    A ValueError out of the depths of a library is a bug, and keeps its traceback.
+    """
+    if not isinstance(error, ValueError):
+        return False
+    if isinstance(error, ValidationError) or any(base.__module__.split(".")[0] in FLOORS for base in type(error).mro()):
+        return True
+    return type(error) is ValueError and _raised_in(error).split(".")[0] in FLOORS
+
+
+def _raised_in(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+
+
+def _exit_code(error: BaseException) -> int:
+    from pipeline.job import FingerprintMismatch
+
+    return EXIT_FINGERPRINT_MISMATCH if isinstance(error, FingerprintMismatch) else EXIT_USAGE
+
+
+def _refuse_namesakes() -> None:
+    """Shoal's folders have common names: `kernels` is also a package of Hugging Face's, and would be found instead."""
+    ours = Path(__file__).resolve().parents[1]
+    for floor in FLOORS:
+        spec = importlib.util.find_spec(floor)
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        if origin is None or origin.parents[1] != ours:
+            raise ValueError(
+                f"the package {floor!r} comes from {origin}, and Shoal's own is {ours / floor}; "
+                f"uninstall the other package named {floor!r}, or run Shoal in a virtual environment of its own"
+            )
