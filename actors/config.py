@@ -31,9 +31,7 @@ class EngineConfig(BaseModel):
     group_size: Annotated[Literal[32, 64, 128], Field(description="weights per scale, for int4 made at load")] = 32
     linear_compute: Annotated[
         Literal["auto", "int4", "dense"],
-        Field(
-            description="on a CPU: multiply packed int4, a dense copy, or what a short measurement at load says per batch size"
-        ),
+        Field(description="on a CPU: multiply packed int4, a dense copy, or whichever was measured to be faster"),
     ] = "auto"
     kv_cache_dtype: Literal["auto"] = "auto"
     max_model_len: Annotated[int | None, Field(ge=1, description="tokens per row; default: the model's own")] = None

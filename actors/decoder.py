@@ -71,6 +71,11 @@ class Decoder:
         self.num_heads = architecture.num_heads
         self.num_kv_heads = architecture.num_kv_heads
         self.head_dim = architecture.head_dim
+        self.num_linear_weights = sum(
+            linear.num_out * linear.num_in
+            for index in range(self.num_layers)
+            for linear in (*architecture.attention_linears(index), *architecture.mlp_linears(index))
+        )
         self.vocab_size = architecture.vocab_size
         self.max_model_len = max_model_len
         self.eos_token_ids = checkpoint.eos_token_ids
@@ -90,6 +95,11 @@ class Decoder:
             new_kv_pages(num_pages, self.num_kv_heads, page_size, self.head_dim, self.dtype, self.device)
             for _ in self._layers
         ]
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes in all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
     def describe(self) -> list[str]:
         """How the linear layers compute: each way with the number of layers that take it."""

@@ -1,0 +1,286 @@
+"""The engine: continuous batching over one model on one device. A step is plan, run, commit.
+
+Use `generate` for a list of prompts, or `add`, `step` and `abort` for a stream of requests. Single-threaded: whoever
+holds it calls it from one thread (`actors.worker` does). Knows no Ray, no files of rows, no network.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+
+from actors.checkpoint import load_tokenizer, open_checkpoint
+from actors.config import EngineConfig
+from actors.cost_model import measure_step_costs, split_exactly
+from actors.decoder import Decoder, load_decoder
+from actors.requests import Completion, Output, Request, RowError, SamplingParams, TokenLogprob, Usage, derive_seed
+from actors.runner import Runner, SampledToken
+from actors.scheduler import Scheduler, StepPlan
+from actors.sequence import Sequence
+from actors.stopping import finish_reason_of, text_of
+from kernels.cpu_linear import available_memory_bytes, fastest_cpu_dtype
+
+logger = logging.getLogger(__name__)
+
+CPU_KV_SHARE = 0.25
+"""Share of the free memory that KV pages take on a CPU unless told otherwise, and at most 4 GiB."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """What an engine has done since it was made. Times are whole nanoseconds, so that sums are exact."""
+
+    num_steps: int = 0
+    busy_ns: int = 0
+    prefill_ns: int = 0
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_preemptions: int = 0
+    lost_ns: int = 0
+
+
+@dataclass(slots=True)
+class _Row:
+    """A request in work: its sequences, and those of them that are done."""
+
+    request: Request
+    sequences: list[Sequence]
+    done: list[Sequence] = field(default_factory=list)
+
+
+class Engine:
+    """Loads the model at once; ValueError (also CheckpointError) when the configuration or the checkpoint is bad."""
+
+    def __init__(self, config: EngineConfig):
+        started = time.perf_counter()
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        self.config = config
+        self.device = resolve_device(config.device)
+        checkpoint = open_checkpoint(config.model)
+        self.dtype = resolve_dtype(config.dtype, checkpoint.dtype, self.device)
+        if self.device.type == "cpu" and config.dtype == "float32" and config.linear_compute == "auto":
+            # Asked for float32, a user does not get the bfloat16 activations of the int4 product.
+            config = config.model_copy(update={"linear_compute": "dense"})
+        self.tokenizer = load_tokenizer(config.tokenizer or config.model)
+        self.decoder: Decoder = load_decoder(checkpoint, config, self.device, self.dtype)
+        self.eos_token_ids = self.decoder.eos_token_ids
+        self.notes = list(self.decoder.notes)
+        num_pages = self._num_pages()
+        self.max_model_len = min(self.decoder.max_model_len, num_pages * config.page_size)
+        if self.max_model_len < self.decoder.max_model_len:
+            self._note(
+                f"KV memory of {num_pages} pages of {config.page_size} holds rows of at most "
+                f"{self.max_model_len} tokens, fewer than the model's {self.decoder.max_model_len}; "
+                "raise engine.kv_cache_bytes for longer ones"
+            )
+        self.scheduler = Scheduler(
+            num_pages,
+            config.page_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.enable_prefix_caching,
+        )
+        self._runner = Runner(self.decoder, num_pages, config.page_size, config.enable_prefix_groups)
+        self._costs = measure_step_costs(
+            self.decoder.num_linear_weights, self.decoder.kv_bytes_per_token, self.device, self.dtype
+        )
+        self.stats = EngineStats()
+        self._rows: dict[str, _Row] = {}
+        self._refused: list[Completion] = []
+        self.load_s = time.perf_counter() - started
+
+    def add(self, request: Request) -> None:
+        """Queue a request. One that can never be answered comes back from the next `step` with its error."""
+        if request.request_id in self._rows:
+            raise ValueError(f"a request with the id {request.request_id!r} is already in the engine; ids must differ")
+        error = self._refusal(request)
+        if error is not None:
+            usage = Usage(prompt_tokens=len(request.prompt_token_ids))
+            self._refused.append(Completion(request.request_id, usage=usage, error=error))
+            return
+        sequences = [Sequence(request, index, self.max_model_len) for index in range(request.sampling.n)]
+        self._rows[request.request_id] = _Row(request, sequences)
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request and give its pages back; unknown ids are ignored, for it may have just finished."""
+        row = self._rows.pop(request_id, None)
+        if row is None:
+            return
+        for sequence in row.sequences:
+            self.stats.lost_ns += sequence.device_ns
+            if sequence not in row.done:
+                self.scheduler.finish(sequence)
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything left to do or to return."""
+        return bool(self._rows or self._refused)
+
+    def step(self) -> list[Completion]:
+        """Compute one step; returns the requests that it finished."""
+        refused, self._refused = self._refused, []
+        if not self._rows:
+            return refused
+        started = time.perf_counter_ns()
+        plan = self.scheduler.plan_step()
+        tokens, weights = self._runner.run(plan, self._costs)
+        self.scheduler.commit(plan)
+        finished = [sequence for token in tokens if (sequence := self._take(token)).finish_reason is not None]
+        for sequence in finished:
+            self.scheduler.finish(sequence)
+        # Text before the clock is read: decoding it is part of what the step cost.
+        done = [row for sequence in finished if (row := self._close(sequence)) is not None]
+        self._charge(plan, weights, time.perf_counter_ns() - started)
+        return refused + [self._complete(row) for row in done]
+
+    def generate(
+        self, prompts: SequenceOf[str | SequenceOf[int]], sampling: SamplingParams | None = None
+    ) -> list[Completion]:
+        """Answer all prompts (texts, or token ids), in their order. Row i is sampled with derive_seed(seed, i)."""
+        sampling = sampling or SamplingParams()
+        order = {}
+        for i, prompt in enumerate(prompts):
+            token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            order[f"generate-{i}"] = i
+            self.add(Request(f"generate-{i}", token_ids, sampling, derive_seed(sampling.seed, i)))
+        completions: list[Completion | None] = [None] * len(prompts)
+        while self.has_unfinished():
+            for completion in self.step():
+                completions[order[completion.request_id]] = completion
+        return [completion for completion in completions if completion is not None]
+
+    def _refusal(self, request: Request) -> RowError | None:
+        num_prompt = len(request.prompt_token_ids)
+        if num_prompt == 0:
+            return RowError("empty_prompt", "the prompt has no tokens; give it some text")
+        if num_prompt >= self.max_model_len:
+            return RowError(
+                "prompt_too_long",
+                f"the prompt has {num_prompt} tokens and at most {self.max_model_len - 1} fit beside one of an answer; "
+                "shorten it or raise engine.max_model_len",
+            )
+        wrong = next((t for t in request.prompt_token_ids if not 0 <= t < self.decoder.vocab_size), None)
+        if wrong is not None:
+            return RowError(
+                "invalid_text",
+                f"token id {wrong} is outside of the model's vocabulary of {self.decoder.vocab_size}; "
+                "is the tokenizer the model's own?",
+            )
+        return None
+
+    def _take(self, sampled: SampledToken) -> Sequence:
+        """Append a sampled token to its sequence and judge whether it ends there."""
+        sequence = sampled.sequence
+        sequence.append(sampled.token_id, sampled.logprob)
+        if sequence.logprobs is not None:
+            top = sampled.top[: sequence.request.sampling.logprobs]
+            sequence.logprobs.append(
+                TokenLogprob(
+                    sampled.token_id,
+                    self.tokenizer.decode([sampled.token_id]),
+                    sampled.logprob,
+                    tuple((token, self.tokenizer.decode([token]), logprob) for token, logprob in top),
+                )
+            )
+        sequence.finish_reason = finish_reason_of(sequence, self.eos_token_ids, self.tokenizer)
+        return sequence
+
+    def _close(self, sequence: Sequence) -> _Row | None:
+        """Note a finished sequence; returns its row if that was the last."""
+        sequence.text = text_of(sequence, self.eos_token_ids, self.tokenizer)
+        row = self._rows[sequence.request.request_id]
+        row.done.append(sequence)
+        return row if len(row.done) == len(row.sequences) else None
+
+    def _complete(self, row: _Row) -> Completion:
+        del self._rows[row.request.request_id]
+        first = row.sequences[0]
+        usage = Usage(
+            prompt_tokens=first.num_prompt,
+            cached_tokens=first.num_cached,
+            completion_tokens=sum(s.num_generated for s in row.sequences),
+            device_seconds=sum(s.device_ns for s in row.sequences) / 1e9,
+            time_to_first_token_s=min(s.first_token_at - s.added_at for s in row.sequences if s.first_token_at),
+            inter_token_s=first.mean_inter_token_s,
+            num_preemptions=sum(s.num_preemptions for s in row.sequences),
+        )
+        self.stats.num_preemptions += usage.num_preemptions
+        return Completion(row.request.request_id, [_output_of(s) for s in row.sequences], usage)
+
+    def _charge(self, plan: StepPlan, weights: list[float], step_ns: int) -> None:
+        """Put the time of a step on the sequences that were in it."""
+        stats = self.stats
+        stats.num_steps += 1
+        stats.busy_ns += step_ns
+        if not plan.sequences:
+            stats.lost_ns += step_ns
+            return
+        for sequence, num_tokens, part in zip(plan.sequences, plan.num_tokens, split_exactly(step_ns, weights)):
+            sequence.device_ns += part
+            if num_tokens > 1:
+                stats.prefill_ns += part
+                stats.num_prefill_tokens += num_tokens
+            else:
+                stats.num_decode_tokens += 1
+
+    def _num_pages(self) -> int:
+        """How many pages the KV memory has: as told, else as many as could be used and fit."""
+        config = self.config
+        if config.num_pages is not None:
+            return config.num_pages
+        page_bytes = self.decoder.kv_bytes_per_token * config.page_size
+        pages_per_row = -(-self.decoder.max_model_len // config.page_size)
+        if config.kv_cache_bytes is not None:
+            room = config.kv_cache_bytes
+        elif self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            room = int(free - (1 - config.gpu_memory_utilization) * total)
+        else:
+            room = min(int(available_memory_bytes() * CPU_KV_SHARE), 4 << 30)
+        num_pages = min(room // page_bytes, pages_per_row * config.max_num_seqs)
+        if num_pages < 2:
+            raise ValueError(
+                f"{room} bytes for keys and values hold {num_pages} pages of {page_bytes} bytes, at least 2 are "
+                "needed; raise engine.kv_cache_bytes or lower engine.page_size"
+            )
+        return num_pages
+
+    def _note(self, text: str) -> None:
+        logger.warning(text)
+        self.notes.append(text)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that a configuration means; ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"engine.device is {name!r}, but torch sees no CUDA device; use cpu or auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, checkpoint_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of activations: as named, else the checkpoint's on a GPU and the faster one on a CPU."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cpu":
+        return fastest_cpu_dtype()
+    return torch.bfloat16 if checkpoint_dtype == torch.float32 else checkpoint_dtype
+
+
+def _output_of(sequence: Sequence) -> Output:
+    assert sequence.finish_reason is not None
+    return Output(
+        index=sequence.index,
+        text=sequence.text,
+        token_ids=sequence.output_token_ids,
+        finish_reason=sequence.finish_reason,
+        mean_logprob=sequence.sum_logprob / sequence.num_generated,
+        logprobs=sequence.logprobs,
+    )

@@ -1,0 +1,170 @@
+"""Turns a step's plan into tensors, runs the forward pass, and samples. The only place where plans meet tensors.
+
+Called by the engine once per step. Knows no waiting and no stopping.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from actors.cost_model import StepCosts
+from actors.decoder import Decoder
+from actors.prefix_groups import group_by_prefix
+from actors.scheduler import StepPlan
+from actors.sequence import Sequence
+from actors.stopping import banned_tokens
+from kernels.attention_batch import AttentionBatch, PrefixGroup
+from kernels.backend import sample
+from kernels.sampling import Penalties, SamplingBatch
+
+
+@dataclass(slots=True)
+class SampledToken:
+    """One token for one sequence; `top` holds (token id, log-probability) of the likeliest, descending."""
+
+    sequence: Sequence
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+class Runner:
+    """Holds the decoder and its KV pages."""
+
+    def __init__(self, decoder: Decoder, num_pages: int, page_size: int, enable_prefix_groups: bool):
+        self._decoder = decoder
+        self._device = decoder.device
+        self._page_size = page_size
+        self._enable_prefix_groups = enable_prefix_groups
+        self._kv = decoder.new_kv(num_pages, page_size)
+        self._grouped: list[Sequence] = []
+        self._order: list[int] = []
+        self._groups: list[PrefixGroup] = []
+
+    def run(self, plan: StepPlan, costs: StepCosts) -> tuple[list[SampledToken], list[float]]:
+        """Compute a plan; returns the tokens of sequences that are now complete, and what each sequence of the plan
+        (in the plan's order) should bear of the step's time, as weights."""
+        for copy in plan.copies:
+            self._copy_slots(copy.source, copy.target, copy.num_tokens)
+        order, groups = self._group(plan)
+        sequences = [plan.sequences[i] for i in order]
+        num_tokens = [plan.num_tokens[i] for i in order]
+        batch = AttentionBatch(
+            query_lens=num_tokens,
+            context_lens=[s.num_computed + count for s, count in zip(sequences, num_tokens)],
+            page_ids=[s.pages for s in sequences],
+            page_size=self._page_size,
+            groups=groups,
+        )
+        logits, wanting = self._forward(sequences, num_tokens, batch)
+        weights = [0.0] * len(order)
+        for i, weight in zip(order, _weigh(batch, costs)):
+            weights[i] = weight
+        return self._sample(logits, wanting), weights
+
+    def _group(self, plan: StepPlan) -> tuple[list[int], list[PrefixGroup]]:
+        if not self._enable_prefix_groups:
+            return list(range(len(plan.sequences))), []
+        # Groups last as long as the same sequences decode together.
+        if plan.sequences != self._grouped or any(count > 1 for count in plan.num_tokens):
+            self._grouped = list(plan.sequences)
+            self._order, self._groups = group_by_prefix(
+                [s.pages for s in plan.sequences], [s.num_computed // self._page_size for s in plan.sequences]
+            )
+        return self._order, self._groups
+
+    def _forward(
+        self, sequences: list[Sequence], num_tokens: list[int], batch: AttentionBatch
+    ) -> tuple[torch.Tensor, list[Sequence]]:
+        size = self._page_size
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_rows: list[int] = []
+        wanting: list[Sequence] = []
+        for sequence, count in zip(sequences, num_tokens):
+            start = sequence.num_computed
+            stop = start + count
+            token_ids += sequence.token_ids[start:stop]
+            positions += range(start, stop)
+            slots += [sequence.pages[p // size] * size + p % size for p in range(start, stop)]
+            if stop == len(sequence.token_ids):
+                last_rows.append(len(token_ids) - 1)
+                wanting.append(sequence)
+        logits = self._decoder.forward(
+            torch.tensor(token_ids, device=self._device),
+            torch.tensor(positions, device=self._device),
+            torch.tensor(slots, device=self._device),
+            self._kv,
+            batch,
+            torch.tensor(last_rows, device=self._device, dtype=torch.int64),
+        )
+        return logits, wanting
+
+    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+        if not sequences:
+            return []
+        result = sample(logits, build_sampling_batch(sequences, self._decoder.eos_token_ids, self._device))
+        token_ids, logprobs = result.token_ids_B.tolist(), result.logprobs_B.tolist()
+        tops: list[list[tuple[int, float]]] = [[] for _ in sequences]
+        if result.top_ids_BL is not None and result.top_logprobs_BL is not None:
+            tops = [
+                list(zip(ids, values))
+                for ids, values in zip(result.top_ids_BL.tolist(), result.top_logprobs_BL.tolist())
+            ]
+        return [SampledToken(*row) for row in zip(sequences, token_ids, logprobs, tops)]
+
+    def _copy_slots(self, source: int, target: int, num_tokens: int) -> None:
+        for k_pages, v_pages in self._kv:
+            k_pages[target, :, :num_tokens] = k_pages[source, :, :num_tokens]
+            v_pages[target, :, :num_tokens] = v_pages[source, :, :num_tokens]
+
+
+def build_sampling_batch(
+    sequences: list[Sequence], eos_token_ids: tuple[int, ...], device: torch.device
+) -> SamplingBatch:
+    """Gather how each sequence is sampled; the position of a token is its index in the whole sequence."""
+    params = [sequence.request.sampling for sequence in sequences]
+    banned = [
+        (row, token) for row, sequence in enumerate(sequences) for token in banned_tokens(sequence, eos_token_ids)
+    ]
+    return SamplingBatch(
+        temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
+        top_k_B=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int64, device=device),
+        top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
+        min_p_B=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
+        seed_B=torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device),
+        position_B=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int64, device=device),
+        num_top_logprobs=max((p.logprobs or 0) for p in params),
+        penalties=_build_penalties(sequences, device),
+        banned=banned or None,
+    )
+
+
+def _build_penalties(sequences: list[Sequence], device: torch.device) -> Penalties | None:
+    params = [sequence.request.sampling for sequence in sequences]
+    if all(p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty for p in params):
+        return None
+    counts = [sequence.count_tokens() for sequence in sequences]
+    longest = max(len(count) for count in counts)
+    ids = [[*count.keys(), *[-1] * (longest - len(count))] for count in counts]
+    times = [[*count.values(), *[0] * (longest - len(count))] for count in counts]
+    return Penalties(
+        token_ids_BL=torch.tensor(ids, dtype=torch.int64, device=device),
+        output_counts_BL=torch.tensor(times, dtype=torch.int32, device=device),
+        repetition_B=torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32, device=device),
+        presence_B=torch.tensor([p.presence_penalty for p in params], dtype=torch.float32, device=device),
+        frequency_B=torch.tensor([p.frequency_penalty for p in params], dtype=torch.float32, device=device),
+    )
+
+
+def _weigh(batch: AttentionBatch, costs: StepCosts) -> list[float]:
+    """What each request of a batch costs: its tokens, its own context, and its part of the shared one."""
+    num_read = [float(count) for count in batch.context_lens]
+    for group in batch.groups:
+        shared = len(group.page_ids) * batch.page_size
+        for request in range(group.first_request, group.first_request + group.num_requests):
+            num_read[request] -= shared - shared / group.num_requests
+    return [costs.weigh(count, read) for count, read in zip(batch.query_lens, num_read)]

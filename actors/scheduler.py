@@ -1,0 +1,187 @@
+"""Decides which requests take part in the next step and with how many tokens; owns pages and the prefix tree.
+
+No tensors here: `plan_step` says what the runner shall compute, `commit` takes note of what it computed. Running
+sequences come first (one token of each that decodes, the next chunk of each prompt), then waiting ones are admitted
+in their order while tokens, places and pages last. When pages run out, the sequence admitted last gives its pages
+back and is computed again later; its finished pages stay in the prefix tree, so mostly little is lost.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from actors.pages import PagePool
+from actors.prefix_tree import Match, PrefixTree
+from actors.sequence import Sequence
+
+WORTH_WAITING_TOKENS = 16
+"""A prompt is held back a step when somebody is about to compute at least this many of its next tokens."""
+
+MAX_HELD_BACK = 256
+"""Waiting prompts looked at per step beyond the first that is held back."""
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy the first `num_tokens` slots of page `source` to page `target` before the step."""
+
+    source: int
+    target: int
+    num_tokens: int
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Sequences in step order, each with its number of tokens to compute."""
+
+    sequences: list[Sequence] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
+    copies: list[PageCopy] = field(default_factory=list)
+
+
+class Scheduler:
+    """All sequences that are waiting or running."""
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
+    ):
+        self.pool = PagePool(num_pages)
+        self.tree = PrefixTree(self.pool, page_size, enable_prefix_caching)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.peak_pages = 0
+        self._page_size = page_size
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._copied_from: list = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; it must fit into the pool when alone."""
+        assert sequence.max_len <= self.pool.num_pages * self._page_size
+        self.waiting.append(sequence)
+
+    def plan_step(self) -> StepPlan:
+        """Choose what to compute next. Empty only if nothing is waiting or running."""
+        plan = StepPlan()
+        budget = self._max_num_batched_tokens
+        # Those that decode first: a long prompt must not take the tokens of a step from them.
+        for sequence in sorted(self.running, key=lambda sequence: not sequence.is_decoding):
+            if not sequence.nodes:  # preempted for one before it
+                continue
+            num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            if num_tokens == 0 or not self._ensure_pages(sequence):
+                continue
+            plan.sequences.append(sequence)
+            plan.num_tokens.append(num_tokens)
+            budget -= num_tokens
+        preempted = [i for i, sequence in enumerate(plan.sequences) if not sequence.nodes]
+        for i in reversed(preempted):
+            del plan.sequences[i], plan.num_tokens[i]
+        if not preempted:
+            self._admit(plan, budget)
+        self.peak_pages = max(self.peak_pages, self.pool.num_pages - self.tree.num_available)
+        return plan
+
+    def commit(self, plan: StepPlan) -> list[Sequence]:
+        """Note that the plan was computed; returns the sequences which now need a token, in step order."""
+        self.tree.release(self._copied_from)
+        self._copied_from = []
+        size = self._page_size
+        sampled = []
+        for sequence, num_tokens in zip(plan.sequences, plan.num_tokens):
+            before, sequence.num_computed = sequence.num_computed, sequence.num_computed + num_tokens
+            if before < sequence.num_prompt:
+                for i in range(before // size, -(-sequence.num_computed // size)):
+                    node = sequence.nodes[i]
+                    node.num_computed = min(sequence.num_computed - i * size, len(node.tokens))
+            if sequence.num_computed == len(sequence.token_ids):
+                sampled.append(sequence)
+        return sampled
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out, whether it is running or waiting, and give its pages to the prefix tree."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._give_back(sequence)
+
+    def _ensure_pages(self, sequence: Sequence) -> bool:
+        """Make room for all known tokens of a sequence, preempting later ones; False if it was preempted itself."""
+        num_missing = -(-len(sequence.token_ids) // self._page_size) - len(sequence.nodes)
+        if num_missing <= 0:
+            return True
+        while self.tree.num_available < num_missing:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.nodes += self.tree.new_nodes(sequence.nodes[-1], [], num_missing)
+        sequence.pages = [node.page for node in sequence.nodes]
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.tree.settle(sequence.nodes, sequence.num_shared, sequence.token_ids, sequence.num_computed)
+        self.tree.release(sequence.nodes)
+        sequence.nodes, sequence.pages = [], []
+        sequence.num_shared = sequence.num_computed = 0
+
+    def _admit(self, plan: StepPlan, budget: int) -> None:
+        held_back: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs and len(held_back) < MAX_HELD_BACK:
+            sequence = self.waiting[0]
+            match = self.tree.match(sequence.token_ids, len(sequence.token_ids) - 1)
+            if match.num_pending >= WORTH_WAITING_TOKENS:
+                held_back.append(self.waiting.popleft())
+                continue
+            if not self._place(sequence, match, plan):
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            plan.sequences.append(sequence)
+            plan.num_tokens.append(num_tokens)
+            budget -= num_tokens
+        self.waiting.extendleft(reversed(held_back))
+
+    def _place(self, sequence: Sequence, match: Match, plan: StepPlan) -> bool:
+        """Give a waiting sequence its shared and own pages; False if there are too few."""
+        size = self._page_size
+        held = match.nodes if match.partial is None else [*match.nodes, match.partial]
+        self.tree.acquire(held)
+        num_own = -(-len(sequence.token_ids) // size) - len(match.nodes)
+        # Some pages beyond for what runs already, so that an admission does not cause a preemption at once.
+        reserve = min(len(self.running), self.pool.num_pages // 16)
+        if self.tree.num_available < num_own + reserve:
+            self.tree.release(held)
+            if self.running or match.partial is None:
+                return False
+            # Alone it must fit; only the page to copy from can be in the way.
+            return self._place(sequence, Match(match.nodes, None, 0, 0), plan)
+        prompt_rest: SequenceOf[int] = sequence.token_ids[len(match.nodes) * size : sequence.num_prompt]
+        parent = match.nodes[-1] if match.nodes else None
+        own = self.tree.new_nodes(parent, prompt_rest, num_own)
+        sequence.nodes = match.nodes + own
+        sequence.pages = [node.page for node in sequence.nodes]
+        sequence.num_shared = len(match.nodes)
+        sequence.num_computed = len(match.nodes) * size + match.num_partial
+        if sequence.num_generated == 0:
+            sequence.num_cached = sequence.num_computed
+        if match.partial is not None:
+            plan.copies.append(PageCopy(match.partial.page, own[0].page, match.num_partial))
+            own[0].num_computed = min(match.num_partial, len(own[0].tokens))
+            self._copied_from.append(match.partial)
+        return True

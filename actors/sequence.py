@@ -1,0 +1,86 @@
+"""One completion in the making: its tokens, its pages, its place in time, and when it has to stop.
+
+A request with n samples is n sequences. Knows the tree's nodes, no scheduler and no tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from actors.prefix_tree import Node
+from actors.requests import FinishReason, Request, TokenLogprob, derive_seed
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`token_ids` is the prompt and what was generated; keys and values of the first `num_computed` are in the pages.
+
+    `nodes` are its pages in order, the first `num_shared` of them found in the prefix tree.
+    """
+
+    request: Request
+    index: int
+    max_len: int
+    token_ids: list[int] = field(default_factory=list)
+    num_prompt: int = 0
+    num_computed: int = 0
+    num_cached: int = 0
+    nodes: list[Node] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    num_shared: int = 0
+    seed: int = 0
+    added_at: float = 0.0
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    device_ns: int = 0
+    sum_logprob: float = 0.0
+    logprobs: list[TokenLogprob] | None = None
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        sampling = self.request.sampling
+        self.token_ids = [int(token) for token in self.request.prompt_token_ids]
+        self.num_prompt = len(self.token_ids)
+        self.seed = self.request.seed if self.index == 0 else derive_seed(self.request.seed, self.index)
+        self.added_at = time.perf_counter()
+        self.max_len = min(self.max_len, self.num_prompt + sampling.max_tokens)
+        if sampling.logprobs is not None:
+            self.logprobs = []
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_decoding(self) -> bool:
+        """Only the newest token is not computed yet."""
+        return self.num_computed == len(self.token_ids) - 1 and self.num_generated > 0
+
+    @property
+    def mean_inter_token_s(self) -> float | None:
+        """Seconds between tokens after the first; None when there is but one."""
+        if self.num_generated < 2 or self.first_token_at is None or self.last_token_at is None:
+            return None
+        return (self.last_token_at - self.first_token_at) / (self.num_generated - 1)
+
+    def append(self, token_id: int, logprob: float) -> None:
+        """Take a sampled token."""
+        self.token_ids.append(token_id)
+        self.sum_logprob += logprob
+        self.last_token_at = time.perf_counter()
+        if self.first_token_at is None:
+            self.first_token_at = self.last_token_at
+
+    def count_tokens(self) -> Counter[int]:
+        """How often each distinct token of prompt and output stands in the output (0: only in the prompt)."""
+        counts = Counter(dict.fromkeys(self.token_ids[: self.num_prompt], 0))
+        counts.update(self.output_token_ids)
+        return counts
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.token_ids[self.num_prompt :]

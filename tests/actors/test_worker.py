@@ -1,0 +1,94 @@
+"""The worker: an engine in its own thread behind an asyncio interface."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from actors.config import EngineConfig
+from actors.requests import EngineError, Request, SamplingParams
+from actors.worker import EngineWorker
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_llama):
+    worker = EngineWorker(EngineConfig(model=str(tiny_llama), dtype="float32", page_size=8, num_threads=1))
+    yield worker
+    worker.close()
+
+
+def requests_of(count, *, max_tokens=6, prefix="r"):
+    sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+    return [Request(f"{prefix}{i}", [1, 5 + i % 7, 9, 2 + i % 3], sampling, seed=i) for i in range(count)]
+
+
+def test_completions_come_in_the_order_of_the_requests(worker):
+    requests = requests_of(9)
+    completions = asyncio.run(worker.generate(requests))
+    assert [c.request_id for c in completions] == [r.request_id for r in requests]
+    assert all(len(c.outputs[0].token_ids) == 6 for c in completions)
+
+
+def test_calls_at_the_same_time_share_the_engine_even_with_equal_ids(worker):
+    async def run():
+        steps = worker.stats().num_steps
+        answers = await asyncio.gather(*(worker.generate(requests_of(4)) for _ in range(5)))
+        return answers, worker.stats().num_steps - steps
+
+    answers, num_steps = asyncio.run(run())
+    texts = [[c.outputs[0].token_ids for c in answer] for answer in answers]
+    assert all(text == texts[0] for text in texts)
+    assert num_steps < 5 * 6, "five calls one after another would take 30 steps"
+
+
+def test_an_id_used_twice_in_one_call_is_answered_twice(worker):
+    request = requests_of(1)[0]
+    completions = asyncio.run(worker.generate([request, replace(request)]))
+    assert [c.request_id for c in completions] == ["r0", "r0"]
+
+
+def test_busy_time_is_exactly_what_rows_were_charged(tiny_llama):
+    worker = EngineWorker(EngineConfig(model=str(tiny_llama), dtype="float32", page_size=8, num_threads=1))
+    completions = asyncio.run(worker.generate(requests_of(7)))
+    stats = worker.stats()
+    worker.close()
+    charged_ns = sum(round(c.usage.device_seconds * 1e9) for c in completions)
+    assert charged_ns == round(stats.busy_s * 1e9)
+    assert stats.load_s > 0
+    assert stats.lost_s == 0
+
+
+def test_a_cancelled_call_gives_its_pages_back(worker):
+    async def run():
+        task = asyncio.create_task(worker.generate(requests_of(3, max_tokens=400, prefix="c")))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await worker.generate(requests_of(2))
+
+    assert len(asyncio.run(run())) == 2
+    tree = worker.engine.scheduler.tree
+    assert tree.num_available == worker.engine.scheduler.pool.num_pages
+    assert worker.stats().lost_s > 0
+
+
+def test_a_broken_engine_fails_its_calls_and_every_later_one(tiny_llama):
+    worker = EngineWorker(EngineConfig(model=str(tiny_llama), dtype="float32", page_size=8, num_threads=1))
+
+    def explode():
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    worker.engine.step = explode  # a fault that cannot be had on a CPU: the device breaks in mid-step
+    with pytest.raises(EngineError, match="illegal memory access"):
+        asyncio.run(worker.generate(requests_of(2)))
+    with pytest.raises(EngineError, match="make a new worker"):
+        asyncio.run(worker.generate(requests_of(1)))
+    worker.close()
+
+
+def test_a_closed_worker_says_so(tiny_llama):
+    worker = EngineWorker(EngineConfig(model=str(tiny_llama), dtype="float32", page_size=8, num_threads=1))
+    worker.close()
+    with pytest.raises(EngineError, match="closed"):
+        asyncio.run(worker.generate(requests_of(1)))
