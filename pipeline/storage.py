@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -255,7 +256,10 @@ class Storage:
             raise
 
     def _write_temporary(self, target: Path, data: bytes) -> Path:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise StorageError(f"cannot write {target}: a part of its folder's path is a file; move it") from error
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             with temporary.open("xb") as file:
@@ -395,8 +399,9 @@ def _checked(path: str) -> str:
 
 def _identity(info: dict[str, Any]) -> str:
     for key in ("ETag", "etag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "created"):
-        if info.get(key):
-            return str(info[key]).strip('"')
+        value = info.get(key)
+        if value:
+            return str(value.timestamp() if isinstance(value, datetime) else value).strip('"')
     raise StorageError(f"{info['name']}: the store tells neither an ETag nor a time, so a change would go unseen")
 
 
