@@ -118,7 +118,7 @@ def prepare_linear(
     if isinstance(weight, QuantizedWeight):
         from kernels.int4_linear import Int4Linear
 
-        return Int4Linear.prepare(weight, bias, dtype=dtype, device=device)
+        return Int4Linear(weight, bias, dtype=dtype, device=device)
     return DenseLinear(weight, bias, dtype, device)
 
 
