@@ -183,7 +183,9 @@ class LimitsSection(_Section):
 
 
 class PricingSection(_Section):
-    usd_per_device_hour: Annotated[float, Field(ge=0, description="of one GPU, or of one CPU worker")] = 0.0
+    usd_per_device_hour: Annotated[
+        float | None, Field(ge=0, description="of one GPU, or of one CPU worker; default: a list price of the device")
+    ] = None
     currency: Literal["USD"] = "USD"
 
 
@@ -459,9 +461,7 @@ def _read_model_config(model: str) -> dict[str, Any]:
 
 
 def _own_max_model_len(config: Mapping[str, Any]) -> int | None:
-    """The model's own limit where config.json says it plainly; with rope scaling the engine works it out."""
-    if config.get("rope_scaling") or (config.get("rope_parameters") or {}).get("rope_type", "default") != "default":
-        return None
+    """The engine's own default where config.json says it; where only a default of transformers does, None."""
     limit = config.get("max_position_embeddings")
     return limit if isinstance(limit, int) else None
 

@@ -81,13 +81,17 @@ class Storage:
             if self.is_local:
                 return self._walk(Path(self._absolute(prefix)))
             found = self._filesystem().find(self._absolute(prefix), detail=True)
-        return sorted((self._describe(info) for info in found.values()), key=lambda file: file.path)
+        # Consoles mark an empty folder by an object whose name ends in a slash.
+        files = [self._describe(info) for info in found.values() if not info["name"].endswith("/")]
+        return sorted(files, key=lambda file: file.path)
 
     def glob(self, pattern: str) -> Files:
         """The files that match a pattern of *, ?, [..] and **, by path."""
         with self._explained("list", pattern):
             found = self._filesystem().glob(f"{self._root.rstrip('/')}/{pattern}", detail=True)
-        files = [self._describe(info) for info in found.values() if info["type"] == "file"]
+        files = [
+            self._describe(info) for info in found.values() if info["type"] == "file" and not info["name"].endswith("/")
+        ]
         return sorted(files, key=lambda file: file.path)
 
     def info(self, path: str) -> FileInfo | None:
@@ -217,7 +221,7 @@ class Storage:
         return f"{self._root.rstrip('/')}/{_checked(path)}" if path else self._root
 
     def _relative(self, absolute: str) -> str:
-        return absolute.removeprefix(self._root.rstrip("/")).lstrip("/")
+        return absolute.removeprefix(self._root.rstrip("/")).removeprefix("/")
 
     def _describe(self, info: dict[str, Any]) -> FileInfo:
         path = self._relative(info["name"])
@@ -321,7 +325,7 @@ class Storage:
             raise
         except Exception as error:  # each store has its own family of errors: botocore's are no OSError
             place = public_uri(f"{self.uri.rstrip('/')}/{path}")
-            reason = str(error) or type(error).__name__
+            reason = type(error).__name__ if str(error) in ("", "None") else str(error)
             raise StorageError(f"cannot {action} {place}: {reason}{_way_out(self.protocol, error)}") from error
 
 

@@ -154,7 +154,7 @@ def test_a_missing_section_is_named():
         ({"prompt": {"system": "be brief"}}, "prompt.system needs the chat template"),
         ({"input": {"prompt_column": None}, "prompt": {"template": "{{ a"}}, "not valid jinja2"),
         ({"input": {"prompt_column": None}, "prompt": {"template": "hello"}}, "names no column"),
-        ({"limits": {"budget_usd": 3}}, "can never be reached"),
+        ({"limits": {"budget_usd": 3}, "pricing": {"usd_per_device_hour": 0}}, "can never be reached"),
         ({"input": {"path": []}}, "path is empty"),
         ({"resolved": {"model_identity": "x", "tokenizer_identity": "y"}}, "filled in by Shoal"),
         ({"model": "a", "engine": {"model": "b"}}, "differ; keep model only"),
@@ -226,13 +226,13 @@ def test_a_model_that_is_not_there_is_refused_with_its_place_and_a_way_out(tmp_p
         make_job(model=str(tmp_path)).resolve()
 
 
-def test_with_rope_scaling_the_engine_alone_decides_how_long_a_prompt_may_be(tmp_path):
-    for number, scaling in enumerate(
-        [{"rope_scaling": {"type": "yarn", "factor": 4}}, {"rope_parameters": {"rope_type": "yarn"}}]
-    ):
-        folder = write_model(tmp_path / str(number), seed=0, **scaling)
-        resolved = make_job(model=str(folder)).resolve().resolved
-        assert resolved is not None and resolved.max_model_len is None
+def test_the_jobs_own_limit_goes_before_the_models(model, tmp_path):
+    for engine, expected in (({"max_model_len": 100}, 100), ({}, 512)):
+        resolved = make_job(model=str(model), engine=engine).resolve().resolved
+        assert resolved is not None and resolved.max_model_len == expected
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    resolved = make_job(model=str(model)).resolve().resolved
+    assert resolved is not None and resolved.max_model_len is None
 
 
 def test_the_fingerprint_is_the_same_in_another_place_with_other_limits_and_another_pool(model, tmp_path):

@@ -227,6 +227,16 @@ def test_a_store_that_ignores_the_condition_is_named_once_and_asked_first(s3, mo
     assert [file.path for file in s3.list()] == ["run.json"]
 
 
+def test_an_object_that_marks_an_empty_folder_is_no_file(s3):
+    s3.write_whole("in/a.parquet", b"x")
+    for marker in ("in/", "in/sub/"):
+        s3._filesystem().call_s3("put_object", Bucket=BUCKET, Key=f"{s3._root.partition('/')[2]}/{marker}")
+    assert [file.path for file in s3.list()] == ["in/a.parquet"]
+    assert [file.path for file in Storage(f"{s3.uri}/in").list()] == ["a.parquet"]
+    assert [file.path for file in s3.glob("in/*")] == ["in/a.parquet"]
+    assert [file.path for file in s3.glob("**")] == ["in/a.parquet"]
+
+
 def test_a_large_object_is_one_put(s3, monkeypatch):
     calls: list[str] = []
     filesystem = s3._filesystem()
