@@ -1,0 +1,311 @@
+"""`shoal run JOB`: check everything that can be checked, then answer the corpus, and print the bill.
+
+Whatever is wrong with the job, the model, the input or the output is said before Ray is started and a model loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import platform
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from actors.checkpoint import check_model, load_tokenizer
+from actors.config import EngineConfig
+from pipeline.answering import Worker
+from pipeline.graph import (
+    Graph,
+    check_pool_fits,
+    close_ray,
+    start_ray,
+)
+from pipeline.job import FingerprintMismatch, Job, LimitsSection, diff_fingerprints, load_job
+from pipeline.ledger import (
+    Bill,
+    RunRecord,
+    WorkerTime,
+    read_bill,
+    read_metrics,
+    write_run,
+)
+from pipeline.progress import Progress, Tally, bill_table, new_console
+from pipeline.prompts import Renderer
+from pipeline.results import list_slices, passthrough_columns, published_shards
+from pipeline.shards import Shard, ShardList, list_shards, open_shard
+from pipeline.slice_runner import RunSpec, max_actors
+from pipeline.storage import Storage, public_uri
+
+EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_ERRORS, EXIT_LIMIT = 0, 1, 2, 3, 4
+EXIT_SIGNAL = 128
+
+DRAIN_S = 25
+"""How long slices in flight may take to finish once a run is told to stop; Kubernetes kills after 30 s."""
+
+_VERSIONS_OF = ("shoal", "ray", "torch", "transformers", "pyarrow")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why a run ends early; `drop_at` (monotonic) is when slices in flight are given up."""
+
+    exit_code: int
+    reason: str
+    drop_at: float
+
+
+def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[EngineConfig], Worker] | None = None) -> int:
+    """Answer a job's corpus into its output and return the exit code; what is there already is not done again.
+
+    new_worker: instead of EngineWorker, for tests. ValueError (of job, model, input or output) is a mistake in what was
+    asked, FingerprintMismatch an output of another job; nothing has been computed then.
+    """
+    console = new_console()
+    job = load_job(job_path, overrides).resolve(_named_models())
+    check_model(job.model)
+    Renderer(job, load_tokenizer(job.engine.tokenizer or job.model))  # a missing chat template shows here
+    shards = list_shards(job)
+    _check_columns(job, shards)
+    output = Storage(job.output.path)
+    claim_output(output, job)
+    fingerprint = job.fingerprint()
+    done = published_shards(output, shards.good, fingerprint)
+    todo = [shard for shard in shards.good if shard.name not in done]
+    spec = RunSpec(_new_run_name(), job, fingerprint, new_worker)
+    record = RunRecord(spec.run, started_at=time.time())
+    tally = _start_tally(output, shards, todo, job.limits)
+    console.print(_describe_start(job, shards, todo), highlight=False, soft_wrap=True)
+    stop = None
+    if todo:
+        output.remove("_SUCCESS")
+        stop = _answer(spec, todo, tally, record, console)
+    return _finish(output, job, shards, tally, record, stop, console)
+
+
+def claim_output(output: Storage, job: Job) -> None:
+    """Write run.json if there is none; FingerprintMismatch if there is one of another job."""
+    fields = job.fingerprint_fields()
+    mine = {
+        "fingerprint": job.fingerprint(),
+        "fields": fields,
+        "job": job.model_dump(mode="json"),
+        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
+        "python": platform.python_version(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    if output.create_exclusive("run.json", json.dumps(mine, indent=2, ensure_ascii=False).encode()):
+        return
+    theirs = json.loads(output.read_bytes("run.json"))
+    if theirs["fingerprint"] != mine["fingerprint"]:
+        differences = "\n".join(f"  {line}" for line in diff_fingerprints(theirs["fields"], fields))
+        raise FingerprintMismatch(
+            f"{public_uri(output.uri)} holds the answers of another job, and these fields differ:\n{differences}\n"
+            "give another output.path, or set the fields back"
+        )
+
+
+def _answer(spec: RunSpec, todo: Sequence[Shard], tally: Tally, record: RunRecord, console: Console) -> Stop | None:
+    """Run the graph until all is done or something stops it."""
+    is_ours = start_ray()
+    try:
+        check_pool_fits(spec.job)
+        graph = Graph(spec, todo, list_slices(spec.output))
+        with _signals() as signals, Progress(console, tally) as progress:
+            try:
+                stop = _watch(graph, tally, spec.job, signals, progress)
+            except BaseException as error:
+                record.outcome = f"broke: {type(error).__name__}"
+                record.exit_code = EXIT_BUG
+                _close_accounts(graph, record)
+                write_run(spec.output, record)
+                raise
+        _close_accounts(graph, record)
+        return stop
+    finally:
+        if is_ours:
+            close_ray()
+
+
+def _watch(graph: Graph, tally: Tally, job: Job, signals: list[int], progress: Progress) -> Stop | None:
+    stop: Stop | None = None
+    for event in graph.events():
+        tally.add(event)
+        progress.update()
+        if stop is None:
+            stop = _stop_by_signal(signals) or _stop_by_limit(job, tally)
+            if stop is not None:
+                progress.say(f"stopping: {stop.reason}; slices in flight are finished first")
+                graph.stop()
+        elif time.monotonic() > stop.drop_at or len(signals) > 1:
+            progress.say("slices in flight take too long and are dropped; the next run computes them again")
+            break
+    return stop
+
+
+def _stop_by_signal(signals: Sequence[int]) -> Stop | None:
+    if not signals:
+        return None
+    name = signal.Signals(signals[0]).name
+    return Stop(EXIT_SIGNAL + signals[0], f"received {name}", time.monotonic() + DRAIN_S)
+
+
+def _stop_by_limit(job: Job, tally: Tally) -> Stop | None:
+    """Stop early enough that what is in flight still fits below the limit, as far as past slices tell."""
+    limits = job.limits
+    drop_at = time.monotonic() + DRAIN_S
+    if tally.rows_error > limits.max_error_fraction * tally.rows_total:
+        return Stop(EXIT_ERRORS, _too_many_errors(limits, tally), drop_at)
+    if limits.deadline_s is not None:
+        usual_s = tally.slice_wall_s / tally.slices_done if tally.slices_done else 0.0
+        if tally.elapsed_s + usual_s >= limits.deadline_s:
+            left_s = max(0.0, limits.deadline_s - tally.elapsed_s)
+            reason = f"limits.deadline_s={limits.deadline_s:g} is reached after {tally.elapsed_s:.1f} s"
+            return Stop(EXIT_LIMIT, reason, time.monotonic() + left_s + DRAIN_S)
+    if limits.budget_usd is not None and tally.slices_done:
+        num_in_flight = min(_max_in_flight(job), max(0, tally.slices_in_view - tally.slices_done - tally.slices_found))
+        if tally.cost_usd + num_in_flight * tally.cost_usd / tally.slices_done >= limits.budget_usd:
+            reason = f"limits.budget_usd={limits.budget_usd:g} is reached: ${tally.cost_usd:.6f} spent"
+            return Stop(EXIT_LIMIT, f"{reason}, and {num_in_flight} slices are in flight", math.inf)
+    return None
+
+
+def _max_in_flight(job: Job) -> int:
+    return max_actors(job) * job.pool.max_slices_in_flight
+
+
+def _too_many_errors(limits: LimitsSection, tally: Tally) -> str:
+    return (
+        f"{tally.rows_error:,} of {tally.rows_total:,} rows are errors, above "
+        f"limits.max_error_fraction={limits.max_error_fraction:g}"
+    )
+
+
+def _finish(
+    output: Storage,
+    job: Job,
+    shards: ShardList,
+    tally: Tally,
+    record: RunRecord,
+    stop: Stop | None,
+    console: Console,
+) -> int:
+    """Write the run's record and, if all is done, _SUCCESS; print the bill and what is missing."""
+    failed = dict(shards.bad) | tally.failed
+    exit_code, reason = _outcome(job, tally, stop, failed)
+    record.exit_code, record.outcome, record.finished_at = exit_code, reason, time.time()
+    record.num_slices_computed, record.num_slices_found = tally.slices_done, tally.slices_found
+    record.num_engine_rebuilds = tally.num_engine_rebuilds
+    if tally.slices_done or tally.shards_done:
+        write_run(output, record)
+    bill = read_bill(output)
+    if exit_code == EXIT_DONE:
+        output.write_whole("_SUCCESS", _summary(job, bill).encode())
+    console.print(bill_table(bill, public_uri(output.uri)), highlight=False)
+    for name, why in sorted(failed.items()):
+        print(f"shoal: shard {name}: {why}", file=sys.stderr)
+    if exit_code != EXIT_DONE:
+        print(f"shoal: {reason}", file=sys.stderr)
+    return exit_code
+
+
+def _outcome(job: Job, tally: Tally, stop: Stop | None, failed: dict[str, str]) -> tuple[int, str]:
+    if stop is not None:
+        again = "" if stop.exit_code == EXIT_ERRORS else "; run the same command again to continue"
+        return stop.exit_code, f"stopped: {stop.reason}{again}"
+    if tally.rows_error > job.limits.max_error_fraction * tally.rows_total:
+        return EXIT_ERRORS, _too_many_errors(job.limits, tally)
+    if failed:
+        return EXIT_USAGE, f"{len(failed)} of {tally.num_shards} shards could not be answered; the others are done"
+    assert tally.rows_done == tally.rows_total, f"{tally.rows_done} of {tally.rows_total} rows, and nothing failed"
+    return EXIT_DONE, "done"
+
+
+def _summary(job: Job, bill: Bill) -> str:
+    summary: dict[str, Any] = {
+        "fingerprint": job.fingerprint(),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "estimates": [name for name in asdict(bill) if "estimate" in name],
+        "bill": asdict(bill),
+    }
+    return json.dumps(summary, indent=2, ensure_ascii=False)
+
+
+def _close_accounts(graph: Graph, record: RunRecord) -> None:
+    ends = graph.close_accounts()
+    record.held_s = math.fsum(end.held_s for end in ends)
+    record.after_slices = WorkerTime(
+        idle_s=math.fsum(end.idle_s for end in ends),
+        lost_s=math.fsum(end.lost_s for end in ends),
+        usd_per_device_hour=graph.usd_per_device_hour,
+    )
+
+
+def _start_tally(output: Storage, shards: ShardList, todo: Sequence[Shard], limits: LimitsSection) -> Tally:
+    left = {shard.name for shard in todo}
+    published = [shard for shard in shards.good if shard.name not in left]
+    tally = Tally(
+        rows_total=sum(shard.num_rows for shard in shards.good),
+        rows_done=sum(shard.num_rows for shard in published),
+        num_shards=len(shards.good) + len(shards.bad),
+    )
+    if limits.max_error_fraction < 1.0 and published:
+        names = {shard.name for shard in published}
+        tally.rows_error = sum(row["rows_error"] for row in read_metrics(output) if row["shard"] in names)
+    return tally
+
+
+def _check_columns(job: Job, shards: ShardList) -> None:
+    """OutputError for a column that Shoal also writes; one shard tells, plans check the others."""
+    shard = shards.good[0]
+    with open_shard(shard) as source:
+        passthrough_columns(job, source.schema_arrow, shard.name)
+
+
+def _describe_start(job: Job, shards: ShardList, todo: Sequence[Shard]) -> str:
+    num_rows = sum(shard.num_rows for shard in shards.good)
+    is_done = len(shards.good) - len(todo)
+    finished = f", {is_done} of them done before" if is_done else ""
+    return (
+        f"{num_rows:,} rows in {len(shards.good)} shards{finished}; "
+        f"model {public_uri(job.model)}, output {public_uri(job.output.path)}"
+    )
+
+
+def _named_models() -> dict[str, str]:
+    return {"demo": str(Path(__file__).parent / "demo" / "model")}
+
+
+def _new_run_name() -> str:
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM and SIGINT as they come, instead of death; to be entered after Ray, which sets handlers of its own."""
+    received: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,75 @@
+"""What the driver hears of a run: a few hundred bytes per slice, so its memory does not grow with the corpus.
+
+Sent by the graph's tasks and actors, counted by `progress`, acted upon by `jobs.run`. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pipeline.results import ShardMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlanned:
+    shard: str
+    num_slices: int
+    num_found: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceDone:
+    """A slice is published, by this run or (`is_new` false) before. Token counts are of computed rows; `rows` counts
+    folded ones too."""
+
+    shard: str
+    is_new: bool
+    path: str
+    index: int
+    num_slices: int
+    rows: int
+    rows_error: int
+    rows_duplicate: int
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    device_seconds: float
+    cost_usd: float
+    overhead_s: float
+    wall_s: float
+    usd_per_device_hour: float
+    num_engine_rebuilds: int
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class SliceDropped:
+    """A slice was not begun, because the run is being stopped."""
+
+    shard: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardDone:
+    metrics: ShardMetrics
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFailed:
+    """One shard cannot be finished; the others are."""
+
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Nothing has happened for a moment; a chance to look at the clock."""
+
+
+Event = ShardPlanned | SliceDone | SliceDropped | ShardDone | ShardFailed | Tick
+EVENT_TYPES: dict[str, type] = {
+    kind.__name__: kind for kind in (ShardPlanned, SliceDone, SliceDropped, ShardDone, ShardFailed, Tick)
+}

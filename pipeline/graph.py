@@ -1,0 +1,437 @@
+"""The graph of a run, and the one file that speaks Ray: shards are planned, slices answered, shards merged.
+
+    read task per shard: plan_shard -> one block per slice        (waits at the gate: plans stay just ahead of the pool)
+    actor pool:          SliceRunner.run -> slice object          (async; the engine has its own thread)
+    merge task:          slices -> results, metrics, errors       (when a shard's last slice is there)
+
+The driver sees events only, a few hundred bytes per slice, so its memory does not grow with the corpus. Knows no
+terminal and no exit code: `jobs.run` iterates `Graph.events()`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import queue
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, TaskPoolStrategy
+from ray.data.block import BlockMetadata
+
+from pipeline.admission import Admission, Attempt, SliceKey, WorkerEnd
+from pipeline.events import EVENT_TYPES, Event, ShardDone, ShardFailed, ShardPlanned, SliceDone, Tick
+from pipeline.job import Job, JobError
+from pipeline.prefix_plan import Slice, plan_shard
+from pipeline.results import (
+    OutputError,
+    ShardMetrics,
+    SliceName,
+    complete_set,
+    merge_shard,
+    passthrough_columns,
+)
+from pipeline.shards import Shard, ShardError, open_shard
+from pipeline.slice_runner import RunSpec, SliceRunner, found_slice, max_actors
+from pipeline.storage import StorageError
+
+MAX_MERGES = 4
+MAX_INIT_DEATHS = 3
+TICK_S = 0.5
+GATE_TIMEOUT_S = 30
+LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+"""Slices wait here, some 100 KB each and a few dozen at a time."""
+
+ShardFault = (ShardError, StorageError, OutputError, JobError, pa.ArrowException, OSError)
+"""What concerns one shard only. Anything else that a task raises is a bug and ends the run."""
+
+
+_SLICE = "slice"
+
+
+def _block(kind: str, fields: Mapping[str, Any] | None = None, payload: bytes | None = None) -> pa.Table:
+    """One row of the dataset: a slice on its way to an actor, or an event on its way to the driver."""
+    return pa.table({"kind": [kind], "fields": [json.dumps(fields or {})], "payload": pa.array([payload], pa.binary())})
+
+
+def _event_block(event: Event) -> pa.Table:
+    return _block(type(event).__name__, asdict(event))
+
+
+def _read_event(row: Mapping[str, Any]) -> Event:
+    event: Event = EVENT_TYPES[row["kind"]](**json.loads(row["fields"]))
+    return event
+
+
+# --- planning: read tasks -----------------------------------------------------------------------------------------
+
+
+class SliceSource(Datasource):
+    """One read task per shard, one block per slice. The order of the shards is the order of reading."""
+
+    def __init__(self, spec: Any, gate: Any, shards: Sequence[Shard], found: Mapping[str, frozenset[str]]) -> None:
+        super().__init__()
+        self._tasks = [
+            ReadTask(
+                partial(plan_blocks, spec, gate, shard, found.get(shard.name, frozenset())),
+                BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None),
+            )
+            for shard in shards
+        ]
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return self._tasks
+
+
+def plan_blocks(spec_ref: Any, gate: Any, shard: Shard, found: frozenset[str]) -> Iterable[pa.Table]:
+    """Plan a shard, and yield its slices as the gate lets them through.
+
+    found: paths of slices that were published before the run began. Given, and not looked up here: Ray repeats a
+    lost task and matches its outputs by number, so the outputs must not depend on what has happened meanwhile.
+    """
+    spec: RunSpec = ray.get(spec_ref)
+    try:
+        with open_shard(shard) as source:
+            passthrough_columns(spec.job, source.schema_arrow, shard.name)
+        plan = plan_shard(spec.job, shard, _tokenizer(spec.job.engine.tokenizer or spec.job.model))
+        names = [SliceName.of(plan, index, spec.fingerprint) for index in range(plan.num_slices)]
+        have = [name for name in names if name.path(shard.name) in found]
+        yield _event_block(ShardPlanned(shard.name, len(names), len(have), plan.prompt_tokens))
+        for name in have:
+            yield _event_block(found_slice(spec.output, shard.name, name))
+        for name in names:
+            if name.path(shard.name) in found:
+                continue
+            if not ray.get(gate.admit.remote((shard.name, name.index))):
+                return
+            yield _block(_SLICE, payload=plan.slice(name.index).to_bytes())
+    except ShardFault as error:
+        yield _event_block(ShardFailed(shard.name, str(error)))
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(uri: str) -> Any:
+    """Loading takes longer than planning a small shard, and a process plans many."""
+    from actors.checkpoint import load_tokenizer  # imports torch, for which a merge would wait too
+
+    return load_tokenizer(uri)
+
+
+# --- answering: the actor pool ------------------------------------------------------------------------------------
+
+
+class SliceActor:
+    """What an actor of the pool runs: blocks in, events out. Only awaits: the engine works in its own thread."""
+
+    def __init__(self, spec_ref: Any, admission: Any) -> None:
+        context = ray.get_runtime_context()
+        worker = context.get_actor_id()
+        lost_before_s = ray.get(admission.hello.remote(worker))
+        gate = _RemoteGate(admission, worker)
+        self._runner = SliceRunner(ray.get(spec_ref), gate, worker, context.get_node_id(), lost_before_s)
+
+    async def __call__(self, block: pa.Table) -> pa.Table:
+        if block["kind"][0].as_py() != _SLICE:
+            return block
+        return _event_block(await self._runner.run(Slice.from_bytes(block["payload"][0].as_py())))
+
+
+@dataclass(frozen=True, slots=True)
+class _RemoteGate:
+    """`slice_runner.Gate`, by calls to the process that keeps the run's Admission."""
+
+    admission: Any
+    worker: str
+
+    async def begin(self, key: SliceKey) -> Attempt:
+        attempt: Attempt = await self.admission.begin.remote(key, self.worker)
+        return attempt
+
+    async def try_rows(self, key: SliceKey, rows: frozenset[int]) -> None:
+        await self.admission.try_rows.remote(key, rows)
+
+    async def finish(self, key: SliceKey, unanswered_s: float) -> None:
+        await self.admission.finish.remote(key, self.worker, unanswered_s)
+
+
+# --- merging ------------------------------------------------------------------------------------------------------
+
+
+@ray.remote(num_cpus=0, max_retries=2)  # mostly storage; 0 so that a pool that takes every CPU does not block it
+def merge_task(spec: RunSpec, shard: Shard, paths: list[str]) -> ShardMetrics | ShardFailed:
+    """Publish a shard from its slices; whatever concerns only this shard is returned, not raised."""
+    try:
+        return merge_shard(spec.job, shard, spec.output, paths, spec.fingerprint)
+    except ShardFault as error:
+        return ShardFailed(shard.name, str(error))
+
+
+# --- the driver's side --------------------------------------------------------------------------------------------
+
+
+class Graph:
+    """A run's shards on their way through the cluster. Iterate `events()` to the end, or `stop()` and then to the end.
+
+    shards: those that are not published yet, in the order to do them. slices: what `list_slices` found before.
+    """
+
+    def __init__(self, spec: RunSpec, shards: Sequence[Shard], slices: Mapping[str, Mapping[str, SliceName]]) -> None:
+        self._spec = spec
+        self._shards = {shard.name: shard for shard in shards}
+        self._slices = slices
+        self._paths: dict[str, dict[int, str]] = {}
+        self._ready: deque[tuple[Shard, list[str]]] = deque()
+        self._merging: dict[Any, Shard] = {}
+        self._inbox: queue.Queue[Event | BaseException | None] = queue.Queue()
+        self._spec_ref = ray.put(spec)
+        self._gate: Any = None
+        self._worker_ends: list[WorkerEnd] | None = None
+        self._is_generating = False
+        self.usd_per_device_hour = 0.0
+
+    def events(self) -> Iterator[Event]:
+        """Everything that happens, until all shards are done, failed, or left over by a stop."""
+        to_plan = [shard for shard in self._shards.values() if not self._is_ready(shard)]
+        if to_plan:
+            self._start(to_plan)
+        while self._is_generating or self._ready or self._merging:
+            self._start_merges()
+            yield from self._finished_merges()
+            event = self._next_event()
+            if event is None:
+                self._is_generating = False  # the actors are gone, and merges are no time of theirs
+                self._worker_ends = self.close_accounts()
+                continue
+            self._note(event)
+            yield event
+
+    def stop(self) -> None:
+        """Begin no slice any more; those in flight are finished and published."""
+        if self._gate is not None:
+            ray.get(self._gate.stop.remote(), timeout=GATE_TIMEOUT_S)
+
+    def close_accounts(self) -> list[WorkerEnd]:
+        """The workers' time since their last slices, until now or until the last of them went."""
+        if self._worker_ends is not None or self._gate is None:
+            return self._worker_ends or []
+        return list(ray.get(self._gate.close_accounts.remote(), timeout=GATE_TIMEOUT_S))
+
+    def _is_ready(self, shard: Shard) -> bool:
+        """Whether only the merge is missing. Finding that out needs no plan, so no model is loaded for it."""
+        paths = (
+            [] if shard.num_rows == 0 else complete_set(self._current_slices(shard), self._spec.fingerprint, shard.etag)
+        )
+        if paths is None:
+            return False
+        self._ready.append((shard, paths))
+        return True
+
+    def _current_slices(self, shard: Shard) -> Mapping[str, SliceName]:
+        return self._slices.get(shard.name, {})
+
+    def _start(self, shards: Sequence[Shard]) -> None:
+        pool = self._spec.job.pool
+        # Twice what the pool holds: a slice waits at the actor when another ends, and Ray Data's loop, which takes
+        # 0.1-0.5 s per round, is hidden.
+        window = 2 * max_actors(self._spec.job) * pool.max_slices_in_flight + 2
+        # In a process of its own, restarted if its node goes: then only the counts are lost.
+        self._gate = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)(
+            Admission
+        ).remote(window)
+        found = {
+            shard.name: frozenset(
+                path
+                for path, name in self._current_slices(shard).items()
+                if name.belongs_to(self._spec.fingerprint, shard.etag)
+            )
+            for shard in shards
+        }
+        dataset = build_dataset(self._spec, self._spec_ref, self._gate, shards, found)
+        self._is_generating = True
+        # A thread, because the main one has to see signals and clocks while Ray Data waits.
+        threading.Thread(target=self._consume, args=(dataset,), daemon=True, name="dataset").start()
+
+    def _consume(self, dataset: Any) -> None:
+        try:
+            for row in dataset.iter_rows():
+                self._inbox.put(_read_event(row))
+            self._inbox.put(None)
+        except BaseException as error:
+            self._inbox.put(error)
+
+    def _next_event(self) -> Event | None:
+        """The next event; None when the dataset is done."""
+        if not self._is_generating:
+            ray.wait(list(self._merging), num_returns=1, timeout=TICK_S)
+            return Tick()
+        try:
+            item = self._inbox.get(timeout=TICK_S)
+        except queue.Empty:
+            return Tick()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _note(self, event: Event) -> None:
+        if isinstance(event, SliceDone):
+            if event.is_new:
+                self.usd_per_device_hour = event.usd_per_device_hour
+            paths = self._paths.setdefault(event.shard, {})
+            paths[event.index] = event.path
+            if len(paths) == event.num_slices:
+                ordered = [paths[index] for index in range(event.num_slices)]
+                self._ready.append((self._shards[event.shard], ordered))
+                del self._paths[event.shard]
+
+    def _start_merges(self) -> None:
+        while self._ready and len(self._merging) < MAX_MERGES:
+            shard, paths = self._ready.popleft()
+            self._merging[merge_task.remote(self._spec_ref, shard, paths)] = shard
+
+    def _finished_merges(self) -> Iterator[Event]:
+        done, _ = (
+            ray.wait(list(self._merging), num_returns=len(self._merging), timeout=0) if self._merging else ([], [])
+        )
+        for ref in done:
+            del self._merging[ref]
+            result = ray.get(ref)
+            yield result if isinstance(result, ShardFailed) else ShardDone(result)
+
+
+def build_dataset(
+    spec: RunSpec, spec_ref: Any, gate: Any, shards: Sequence[Shard], found: Mapping[str, frozenset[str]]
+) -> Any:
+    """The Ray Data graph; nothing runs before it is iterated."""
+    job = spec.job
+    _set_data_context()
+    num_cpus_left = ray.cluster_resources().get("CPU", 1) - max_actors(job) * job.pool.num_cpus
+    num_planners = max(1, min(8, int(num_cpus_left), math.ceil(max_actors(job) / 4)))
+    slices = ray.data.read_datasource(
+        SliceSource(spec_ref, gate, shards, found),
+        override_num_blocks=len(shards),  # else Ray splits the outputs of few tasks
+        compute=TaskPoolStrategy(size=num_planners),
+        num_cpus=min(1, max(0, num_cpus_left)),  # a pool that takes every CPU must not keep planning from starting
+    )
+    return slices.map_batches(
+        SliceActor,
+        fn_constructor_args=(spec_ref, gate),
+        batch_size=1,  # one slice per call; anything larger would merge slices of different shards
+        batch_format="pyarrow",
+        compute=_actor_pool(job),
+        num_cpus=job.pool.num_cpus,
+        num_gpus=gpus_per_actor(job) or None,
+    )
+
+
+def _actor_pool(job: Job) -> ActorPoolStrategy:
+    in_flight = job.pool.max_slices_in_flight
+    low, high = job.pool.num_actors if isinstance(job.pool.num_actors, tuple) else (job.pool.num_actors,) * 2
+    return ActorPoolStrategy(
+        min_size=low,
+        max_size=high,
+        initial_size=low,
+        # With 1 the engine drains at each slice's border: 6.1 s against 2.1 s with 3, measured.
+        max_concurrent_calls_per_actor=in_flight,
+        max_tasks_in_flight_per_actor=2 * in_flight,
+    )
+
+
+def _set_data_context() -> None:
+    context = DataContext.get_current()
+    # 1 byte: every slice leaves its read task as a block of its own. With None they would come as one block per
+    # shard, in one actor's one call.
+    context.target_max_block_size = 1
+    # A slice may take longer than Ray's 30 minutes without progress.
+    context.execution_no_progress_timeout_s = -1
+    # By default the first death in __init__ (a node that goes while the model loads) fails the job.
+    context.max_consecutive_actor_init_deaths = MAX_INIT_DEATHS
+    # An exception in our classes is a bug: fail, do not drop the block or repeat it for ever. Deaths of processes
+    # are retried by Ray (max_restarts and max_task_retries are -1 for pools); Admission counts and ends that.
+    context.max_errored_blocks = 0
+    context.actor_task_retry_on_errors = False
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def gpus_per_actor(job: Job) -> float:
+    """GPUs that an actor reserves: as the job says, else one where the engine will run on CUDA."""
+    if job.pool.num_gpus is not None:
+        return job.pool.num_gpus
+    if job.engine.device == "cpu":
+        return 0.0
+    return 1.0 if job.engine.device.startswith("cuda") or ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+
+
+# --- Ray itself ---------------------------------------------------------------------------------------------------
+
+
+def start_ray() -> bool:
+    """Connect to the cluster that RAY_ADDRESS names, else start one on this machine; False if there was one already.
+
+    Its log goes to Ray's own files: what a user has to know comes through events.
+    """
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Below fatal, Ray warns about every pool that its actors cannot be restarted should their arguments be lost.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    with _stderr_held_back():
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            ray.init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **quiet)
+    return True
+
+
+@contextmanager
+def _stderr_held_back() -> Iterator[None]:
+    """Keep what Ray's C++ side writes while it starts (the log level that it was told) for the case that it fails."""
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            held.seek(0)
+            os.write(stderr, held.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+def close_ray() -> None:
+    """Leave the cluster; one that `start_ray` started ends with all its processes."""
+    ray.shutdown()
+
+
+def check_pool_fits(job: Job) -> None:
+    """JobError if the cluster that is there can never hold the smallest pool; Ray would wait for ever."""
+    low = job.pool.num_actors if isinstance(job.pool.num_actors, int) else job.pool.num_actors[0]
+    if os.environ.get("RAY_ADDRESS"):
+        return  # such a cluster may grow
+    for name, key, per_actor in (("CPU", "num_cpus", job.pool.num_cpus), ("GPU", "num_gpus", gpus_per_actor(job))):
+        have = ray.cluster_resources().get(name, 0)
+        if low * per_actor > have:
+            raise JobError(
+                f"pool: {low} actors with {key}={per_actor:g} need {low * per_actor:g} {name}s and there are {have:g}; "
+                f"lower pool.num_actors or pool.{key}"
+            )

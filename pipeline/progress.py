@@ -1,0 +1,210 @@
+"""What people see of a run: a live line on a terminal, plain lines elsewhere, and one table at the end: the bill.
+
+Counts events, prints numbers; decides nothing. Called by `jobs.run` and `jobs.status`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.events import Event, ShardDone, ShardFailed, ShardPlanned, SliceDone
+from pipeline.ledger import Bill, InProgress
+from pipeline.pricing import SECONDS_PER_HOUR
+
+LINE_EVERY_S = 10
+PLAIN_WIDTH = 120
+
+
+@dataclass(slots=True)
+class Tally:
+    """A run so far. Rows count what earlier runs have done too; tokens, time and cost are this run's only."""
+
+    rows_total: int
+    rows_done: int = 0
+    rows_error: int = 0
+    num_shards: int = 0
+    shards_done: int = 0
+    slices_done: int = 0
+    slices_found: int = 0
+    slices_in_view: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    cost_usd: float = 0.0
+    slice_wall_s: float = 0.0
+    num_engine_rebuilds: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    started_at: float = field(default_factory=time.monotonic)
+    first_slice_at: float | None = None
+    _rows_new: int = 0
+    _rows_of_shard: dict[str, int] = field(default_factory=dict)
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, SliceDone):
+            self._add_slice(event)
+        elif isinstance(event, ShardPlanned):
+            self.slices_in_view += event.num_slices
+        elif isinstance(event, ShardDone):
+            self.shards_done += 1
+            self.rows_done += event.metrics.rows_in - self._rows_of_shard.pop(event.metrics.shard, 0)
+        elif isinstance(event, ShardFailed):
+            self.failed[event.shard] = event.reason
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started_at
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        if self.first_slice_at is None:
+            return None
+        return (self.prompt_tokens + self.completion_tokens) / max(1e-9, time.monotonic() - self.first_slice_at)
+
+    @property
+    def hit_rate(self) -> float | None:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else None
+
+    @property
+    def time_left_s(self) -> float | None:
+        """As long as the rows still missing take at this run's pace; None before there is one."""
+        if self.first_slice_at is None or not self._rows_new:
+            return None
+        pace = self._rows_new / max(1e-9, time.monotonic() - self.first_slice_at)
+        return (self.rows_total - self.rows_done) / pace
+
+    def _add_slice(self, event: SliceDone) -> None:
+        self.rows_done += event.rows
+        self.rows_error += event.rows_error
+        self._rows_of_shard[event.shard] = self._rows_of_shard.get(event.shard, 0) + event.rows
+        if not event.is_new:
+            self.slices_found += 1
+            return
+        if self.first_slice_at is None:
+            self.first_slice_at = time.monotonic() - event.wall_s
+        self.slices_done += 1
+        self._rows_new += event.rows
+        self.prompt_tokens += event.prompt_tokens
+        self.cached_tokens += event.cached_tokens
+        self.completion_tokens += event.completion_tokens
+        self.slice_wall_s += event.wall_s
+        self.num_engine_rebuilds = max(self.num_engine_rebuilds, event.num_engine_rebuilds)
+        self.cost_usd += event.cost_usd + event.overhead_s * event.usd_per_device_hour / SECONDS_PER_HOUR
+
+
+def new_console() -> Console:
+    """A terminal as wide as it is; elsewhere rich would cut at 80."""
+    console = Console()
+    return console if console.is_terminal else Console(width=PLAIN_WIDTH)
+
+
+class Progress:
+    """A live line on a terminal; elsewhere one line at the start and then one in ten seconds at most."""
+
+    def __init__(self, console: Console, tally: Tally) -> None:
+        self._console = console
+        self._tally = tally
+        self._live = Live(console=console, refresh_per_second=4, transient=True) if console.is_terminal else None
+        self._last_line_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        self._console.print(Text(message), soft_wrap=True)
+
+    def update(self) -> None:
+        if self._live is not None:
+            self._live.update(Text(describe(self._tally)))
+        elif time.monotonic() - self._last_line_at >= LINE_EVERY_S:
+            self._last_line_at = time.monotonic()
+            self.say(describe(self._tally))
+
+
+def describe(tally: Tally) -> str:
+    """A run in one line."""
+    share = tally.rows_done / tally.rows_total if tally.rows_total else 1.0
+    parts = [f"{tally.rows_done:,}/{tally.rows_total:,} rows ({share:.0%})"]
+    if tally.first_slice_at is None:
+        parts.append(f"planning and loading the model, {seconds(tally.elapsed_s)}")
+    else:
+        parts.append(f"{tally.tokens_per_s or 0:,.0f} tokens/s")
+    if tally.hit_rate is not None:
+        parts.append(f"prefix hits {tally.hit_rate:.0%}")
+    if tally.rows_error:
+        parts.append(f"{tally.rows_error:,} error rows")
+    parts.append(f"{usd(tally.cost_usd)} so far")
+    if tally.time_left_s is not None:
+        parts.append(f"{seconds(tally.time_left_s)} left")
+    return " · ".join(parts)
+
+
+def bill_table(bill: Bill, place: str, in_progress: InProgress | None = None) -> Table:
+    """The bill: rows, tokens, time and money of an output, and where its files are."""
+    table = Table(title="bill", title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    errors = f", {bill.rows_error:,} errors" if bill.rows_error else ", no errors"
+    table.add_row("rows", f"{bill.rows:,}: {bill.rows_ok:,} answered{errors} ({bill.rows_duplicate:,} duplicates)")
+    if in_progress is not None and in_progress.num_slices:
+        table.add_row("", f"and {in_progress.rows:,} in {in_progress.num_slices} slices of unfinished shards")
+    table.add_row("tokens", f"{bill.prompt_tokens:,} prompt, {bill.completion_tokens:,} completion")
+    table.add_row(
+        "prefix hits", f"{percent(bill.prefix_hit_rate)} of {percent(bill.prefix_hit_rate_achievable)} achievable"
+    )
+    table.add_row(
+        "throughput", f"{bill.tokens_per_second or 0:,.0f} tokens per busy device-second (prompt + completion)"
+    )
+    table.add_row(
+        "device time",
+        f"{seconds(bill.device_seconds)}: busy {seconds(bill.busy_s)}, load {seconds(bill.load_s)}, "
+        f"idle {seconds(bill.idle_s)}, lost {seconds(bill.lost_s)} ({bill.devices or 'no device used'})",
+    )
+    table.add_row(
+        "cost",
+        f"{usd(bill.cost_usd)}: rows {usd(bill.rows_usd)}, overhead {usd(bill.overhead_usd)}"
+        + (f"; {usd(bill.usd_per_million_tokens)} per million tokens" if bill.usd_per_million_tokens else ""),
+    )
+    if bill.price_source:
+        table.add_row("price", bill.price_source)
+    table.add_row(
+        "saved (estimate)",
+        f"prefix cache {seconds(bill.saved_by_prefix_cache_estimate_s)}, "
+        f"folded duplicates {seconds(bill.saved_by_folding_estimate_s)} of device time",
+    )
+    for note in bill.notes:
+        table.add_row("note", note)
+    table.add_row("files", place)
+    return table
+
+
+def seconds(value: float) -> str:
+    if value < 100:
+        return f"{value:.1f} s"
+    if value < 2 * SECONDS_PER_HOUR:
+        return f"{value / 60:.1f} min"
+    return f"{value / SECONDS_PER_HOUR:.1f} h"
+
+
+def usd(value: float) -> str:
+    return f"${value:,.2f}" if value >= 10 else f"${value:.6f}".rstrip("0").rstrip(".") if value else "$0"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,244 @@
+"""Answers one slice after the other, or several at once: what an actor of the pool does, without the actor.
+
+Requests in, a published slice object and its event out; what comes back from workers that break or die is decided
+here with `answering` and `admission`. Knows no Ray: the graph wraps it, tests call it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from actors.config import EngineConfig
+from actors.requests import Completion, Request, RowError
+from pipeline.admission import Attempt
+from pipeline.answering import Answerer, Worker, poisonous
+from pipeline.events import SliceDone, SliceDropped
+from pipeline.job import Job
+from pipeline.prefix_plan import Slice
+from pipeline.pricing import price_of
+from pipeline.results import SliceName, SliceTimes, publish_slice, read_metadata, slice_table
+from pipeline.shards import ShardError
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What every process of a run needs to know. `new_worker` replaces `actors.worker.EngineWorker`, for tests."""
+
+    run: str
+    job: Job
+    fingerprint: str
+    new_worker: Callable[[EngineConfig], Worker] | None = None
+
+    @property
+    def output(self) -> Storage:
+        return Storage(self.job.output.path)
+
+
+class Gate(Protocol):
+    """A worker's side of `Admission`."""
+
+    async def begin(self, key: tuple[str, int]) -> Attempt: ...
+
+    async def try_rows(self, key: tuple[str, int], rows: frozenset[int]) -> None: ...
+
+    async def finish(self, key: tuple[str, int], unanswered_s: float) -> None: ...
+
+
+class SliceRunner:
+    """One worker and the slices that it has in flight.
+
+    Several slices are in flight at once, so that the engine's batch never drains at a slice's border. Everything
+    that takes time is awaited: the engine works in its own thread, storage is written in others.
+    """
+
+    def __init__(self, spec: RunSpec, gate: Gate, worker: str, node: str, lost_before_s: float = 0.0) -> None:
+        """worker, node: names for the record. lost_before_s: device time of a forerunner that died."""
+        self._spec = spec
+        self._gate = gate
+        self._output = spec.output
+        self._name, self._node = worker, node
+        self._meter = _Meter(lost_before_s)
+        self._answerer = Answerer(self._new_worker)
+        self._device = _device_name(str(self._answerer.worker.stats().device))
+        self._price = price_of(self._device, spec.job.pricing.usd_per_device_hour)
+
+    async def run(self, slice_: Slice) -> SliceDone | SliceDropped:
+        """Answer and publish a slice, unless the run is being stopped."""
+        key = (slice_.shard, slice_.index)
+        attempt = await self._gate.begin(key)
+        if attempt.action == "stop":
+            return SliceDropped(*key)
+        name = SliceName.of(slice_, slice_.index, self._spec.fingerprint)
+        event = await asyncio.to_thread(self._find, slice_.shard, name) if attempt.number > 1 else None
+        if event is None:
+            event = await self._run(slice_, name, attempt)
+        await self._gate.finish(key, self._answerer.unanswered_s)
+        return event
+
+    def _find(self, shard: str, name: SliceName) -> SliceDone | None:
+        """A worker that died after publishing, and before anybody heard of it, has left the slice behind."""
+        return found_slice(self._output, shard, name) if self._output.exists(name.path(shard)) else None
+
+    async def _run(self, slice_: Slice, name: SliceName, attempt: Attempt) -> SliceDone:
+        started_at = time.time()
+        completions = await self._answer(slice_, attempt)
+        table = await asyncio.to_thread(slice_table, self._spec.job.sampling, slice_.rows, completions, self._price)
+        times = self._times(slice_, attempt, started_at)
+        summary = _summarise(slice_, completions, times, self._answerer.num_rebuilds, self._price.cost_usd(1.0))
+        started_writing = time.perf_counter()
+        await asyncio.to_thread(publish_slice, self._output, slice_.shard, name, table, times, summary)
+        self._meter.add_write(time.perf_counter() - started_writing)
+        return SliceDone(
+            shard=slice_.shard,
+            is_new=True,
+            path=name.path(slice_.shard),
+            index=name.index,
+            num_slices=name.num_slices,
+            **summary,
+        )
+
+    async def _answer(self, slice_: Slice, attempt: Attempt) -> list[Completion]:
+        """One completion per planned row, in order; rows that were found bad in planning never see the engine."""
+        requests = {
+            int(request.request_id): replace(request, request_id=f"{slice_.shard}/{request.request_id}")
+            for request in slice_.requests(self._spec.job.sampling)
+        }
+        answers = {row.row_index: Completion("", error=row.error) for row in slice_.rows if row.error is not None}
+        answers.update((row, poisonous(requests.pop(row))) for row in attempt.poison)
+        if attempt.action == "give_up":
+            answers.update((row, _given_up(request, attempt.number)) for row, request in requests.items())
+            requests = {}
+        completions = await self._send(slice_, list(requests.values()), attempt)
+        answers.update(zip(requests, completions))
+        return [answers[row.row_index] for row in slice_.rows]
+
+    async def _send(self, slice_: Slice, requests: list[Request], attempt: Attempt) -> list[Completion]:
+        if not requests:
+            return []
+        if attempt.action == "answer":
+            return await self._answerer.answer(requests)
+
+        async def try_rows(rows: Sequence[Request]) -> None:
+            indices = frozenset(int(request.request_id.rpartition("/")[2]) for request in rows)
+            await self._gate.try_rows((slice_.shard, slice_.index), indices)
+
+        suspects = frozenset(f"{slice_.shard}/{row}" for row in attempt.suspects)
+        return await self._answerer.answer_carefully(requests, suspects, try_rows)
+
+    def _times(self, slice_: Slice, attempt: Attempt, started_at: float) -> SliceTimes:
+        stats = self._answerer.worker.stats()
+        return SliceTimes(
+            run=self._spec.run,
+            worker=self._name,
+            node=self._node,
+            device=self._device,
+            attempts=attempt.number,
+            started_at=started_at,
+            finished_at=time.time(),
+            peak_pages=stats.peak_pages,
+            usd_per_device_hour=self._price.usd_per_device_hour,
+            price_source=self._price.source,
+            achievable_prefix_tokens=slice_.achievable_prefix_tokens,
+            notes=list(stats.notes),
+            **self._meter.take(self._answerer),
+        )
+
+    def _new_worker(self) -> Worker:
+        config = self._spec.job.engine
+        if config.num_threads is None:
+            # Ray sets OMP_NUM_THREADS to the CPUs that an actor reserves; on a CPU the engine is to have the machine.
+            config = config.model_copy(update={"num_threads": _threads_per_actor(self._spec.job)})
+        if self._spec.new_worker is not None:
+            return self._spec.new_worker(config)
+        from actors.worker import EngineWorker
+
+        return EngineWorker(config)
+
+
+class _Meter:
+    """Splits the time that a worker is held into what each published slice shows of it, without gap or overlap."""
+
+    def __init__(self, lost_before_s: float) -> None:
+        self._mark = time.perf_counter()
+        self._seen: dict[str, float] = {}
+        self._write_s = 0.0
+        self._lost_before_s = lost_before_s
+
+    def add_write(self, seconds: float) -> None:
+        self._write_s += seconds
+
+    def take(self, answerer: Answerer) -> dict[str, float]:
+        """Seconds since the last call: loading, lost, prefilling, decoding, writing, and idle for the rest.
+
+        Time in which the engine was busy is not here: it is on the rows.
+        """
+        now = time.perf_counter()
+        totals = {**answerer.times(), "lost_s": answerer.lost_s + self._lost_before_s, "write_s": self._write_s}
+        since = {name: total - self._seen.get(name, 0.0) for name, total in totals.items()}
+        since["idle_s"] = now - self._mark - since["load_s"] - since.pop("busy_s")
+        self._mark, self._seen = now, totals
+        return since
+
+
+def _summarise(
+    slice_: Slice, completions: Sequence[Completion], times: SliceTimes, num_rebuilds: int, usd_per_second: float
+) -> dict[str, Any]:
+    """What the driver hears of a slice; kept in its object too, for a run that finds it there."""
+    usages = [completion.usage for completion in completions]
+    device_seconds = math.fsum(usage.device_seconds for usage in usages)
+    return {
+        "rows": sum(1 + len(row.duplicates) for row in slice_.rows),
+        "rows_error": sum(1 + len(row.duplicates) for row, c in zip(slice_.rows, completions) if c.error),
+        "rows_duplicate": sum(len(row.duplicates) for row in slice_.rows),
+        "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
+        "cached_tokens": sum(usage.cached_tokens for usage in usages),
+        "completion_tokens": sum(usage.completion_tokens for usage in usages),
+        "device_seconds": device_seconds,
+        "cost_usd": device_seconds * usd_per_second,
+        "overhead_s": times.load_s + times.idle_s + times.lost_s,
+        "wall_s": times.finished_at - times.started_at,
+        "usd_per_device_hour": times.usd_per_device_hour,
+        "num_engine_rebuilds": num_rebuilds,
+        "notes": times.notes,
+    }
+
+
+def _given_up(request: Request, num_attempts: int) -> Completion:
+    message = f"the worker died {num_attempts - 1} times while this row's slice was being answered"
+    return Completion(request.request_id, error=RowError("engine_error", message))
+
+
+def _device_name(device: str) -> str:
+    if not device.startswith("cuda"):
+        return device
+    import torch
+
+    return str(torch.cuda.get_device_name(device))
+
+
+def _threads_per_actor(job: Job) -> int:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    num_actors = max_actors(job)
+    fit_here = int(cpus // job.pool.num_cpus) if job.pool.num_cpus else num_actors
+    return max(1, cpus // max(1, min(num_actors, fit_here)))
+
+
+def max_actors(job: Job) -> int:
+    return job.pool.num_actors if isinstance(job.pool.num_actors, int) else job.pool.num_actors[1]
+
+
+def found_slice(output: Storage, shard: str, name: SliceName) -> SliceDone:
+    """The event of a slice that an earlier run, or a worker that died since, has published."""
+    path = name.path(shard)
+    info = output.info(path)
+    summary = read_metadata(output, info).get("summary") if info else None
+    if summary is None:
+        raise ShardError(f"the slice {path} cannot be read; remove it and run the same command again")
+    return SliceDone(shard=shard, is_new=False, path=path, index=name.index, num_slices=name.num_slices, **summary)
