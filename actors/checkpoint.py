@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from actors.architecture import Architecture, CheckpointError, architecture_name, read_architecture
 from actors.quantization import CompressedTensors, PackedFormat, parse_quantization
-from actors.rotary import rope_type
+from actors.rotary import resolve_max_model_len, rope_type
 
 __all__ = [
     "Checkpoint",
@@ -269,9 +269,12 @@ def open_checkpoint(uri: str) -> Checkpoint:
     return checkpoint
 
 
-def check_model(uri: str) -> None:
-    """Raise CheckpointError unless `uri` is a model that can be run; reads headers only, no weights."""
-    open_checkpoint(uri)
+def check_model(uri: str, max_model_len: int | None = None) -> None:
+    """Raise ValueError unless `uri` is a model that can be run, with rows of this length; no weights are read.
+
+    All that is wrong with the directory itself is a CheckpointError.
+    """
+    resolve_max_model_len(open_checkpoint(uri).config, max_model_len)
 
 
 def load_tokenizer(uri: str) -> Any:

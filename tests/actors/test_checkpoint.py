@@ -225,6 +225,9 @@ def message_of(folder: Path | str) -> str:
 def test_a_good_model_passes_and_no_weight_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("actors.checkpoint.Checkpoint.read", None)
     check_model(str(folder))
+    check_model(str(folder), max_model_len=256)
+    with pytest.raises(ValueError, match="max_model_len=300 is above the 256 positions"):
+        check_model(str(folder), max_model_len=300)
 
 
 def test_an_unknown_directory_is_named_with_a_hint_for_hub_names(tmp_path: Path) -> None:

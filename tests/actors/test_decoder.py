@@ -18,6 +18,7 @@ from actors.checkpoint import load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
 from actors.decoder import Decoder, load_decoder
 from actors.quantization import quantize_to_nearest
+from actors.rotary import rope_tables
 from kernels.attention_batch import AttentionBatch
 from kernels.int4_linear import dequantize
 
@@ -232,6 +233,21 @@ def test_dynamic_rope_takes_the_base_of_the_longest_row(model_zoo: Any) -> None:
     expected = reference_logits(model_zoo.reference(path), prompt)
     stretched = PagedRun(load(path, max_model_len=100), 1, 100).step([(0, prompt)], wanted=list(range(100)))
     torch.testing.assert_close(stretched, expected, rtol=2e-4, atol=2e-4)
+
+
+ROPE_MODELS = ["llama", "rope-linear", "rope-dynamic", "rope-yarn", "rope-longrope-long", "rope-llama3"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ROPE_MODELS)
+def test_rope_tables_are_transformers_own_to_the_last_bit(model_zoo: Any, name: str, dtype: torch.dtype) -> None:
+    path = make(model_zoo, name)
+    config = open_checkpoint(str(path)).config
+    rotary = model_zoo.reference(path).model.rotary_emb
+    expected = rotary(torch.zeros(1, dtype=dtype), torch.arange(256)[None, :])
+    for ours, theirs in zip(rope_tables(config, 256, dtype, torch.device("cpu")), expected):
+        assert ours.dtype == torch.float32 and ours.shape == (256, 8)
+        assert torch.equal(ours, theirs[0, :, :8].float())
 
 
 def test_max_model_len_is_the_models_own_and_at_most_what_its_positions_reach(model_zoo: Any) -> None:
@@ -469,21 +485,26 @@ def test_a_real_checkpoint_in_16_bits_continues_as_transformers_does(model_zoo: 
 
 
 MEASURE_PEAK = """
-import resource, sys, torch
+import re, sys, torch
 from actors.checkpoint import open_checkpoint
 from actors.config import EngineConfig
 from actors.decoder import load_decoder
+
+def peak_bytes():  # not getrusage: its maximum is inherited from the parent process
+    return int(re.search(r"VmHWM:\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
 torch.mm(torch.ones(64, 64), torch.ones(64, 64))
 checkpoint = open_checkpoint(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_bytes()
 decoder = load_decoder(checkpoint, EngineConfig(model=sys.argv[1]), torch.device("cpu"), torch.float32)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak_bytes() - before)
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc; runs on Linux")
 def test_loading_peaks_at_little_more_than_the_weights(model_zoo: Any) -> None:
     path = model_zoo.path("llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=12)
     num_bytes = (path / "model.safetensors").stat().st_size
     assert num_bytes > 150 << 20
     done = subprocess.run([sys.executable, "-c", MEASURE_PEAK, str(path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1.3 * num_bytes
+    assert 0.7 * num_bytes < int(done.stdout) < 1.45 * num_bytes
