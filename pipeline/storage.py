@@ -250,7 +250,7 @@ class Storage:
                 f"{SINGLE_PUT_BYTES}; split the shard"
             )
         options: dict[str, Any] = {"mode": mode}
-        if self.protocol in ("s3", "s3a"):
+        if self.protocol == "s3":
             options["chunksize"] = SINGLE_PUT_BYTES  # s3fs would go multipart, which is two steps, from 100 MiB on
         try:
             self._filesystem().pipe_file(self._absolute(path), data, **options)
@@ -354,7 +354,11 @@ def is_glob(uri: str) -> bool:
 
 
 def absolute_uri(uri: str, base: Path) -> str:
-    """A URI as it is; a local path made absolute against the folder `base`, `~` expanded."""
+    """The one way to write a place: a local path is absolute (relative ones start from the folder `base`, `~` is
+    expanded, file:// goes), s3a:// is s3://, any other URI stays as it is."""
+    for alias, plain in (("file://", ""), ("local://", ""), ("s3a://", "s3://")):
+        if uri.startswith(alias):
+            uri = plain + uri.removeprefix(alias)
     if "://" in uri:
         return uri
     return os.path.normpath(base.absolute() / Path(uri).expanduser())
@@ -366,13 +370,10 @@ def public_uri(uri: str) -> str:
 
 
 def _split_protocol(uri: str) -> tuple[str, str]:
-    protocol, separator, path = uri.partition("://")
+    uri = absolute_uri(uri, Path.cwd())
+    protocol, separator, _ = uri.partition("://")
     if not separator:
-        return "file", absolute_uri(uri, Path.cwd())
-    if protocol in ("file", "local"):
-        return "file", absolute_uri(path or "/", Path("/"))
-    if protocol == "s3a":
-        protocol = "s3"
+        return "file", uri
     try:
         filesystem = fsspec.get_filesystem_class(protocol)
     except (ValueError, ImportError) as error:

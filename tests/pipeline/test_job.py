@@ -18,6 +18,7 @@ from pipeline.job import (
     job_schema,
     load_job,
 )
+from pipeline.storage import Storage
 
 MINIMAL = {"input": {"path": "data", "prompt_column": "text"}, "model": "m", "output": {"path": "out"}}
 
@@ -283,6 +284,15 @@ def test_retrained_weights_of_the_same_shape_are_another_model(tmp_path, size):
     same = identify_model(str(write_model(tmp_path / "same", seed=1, size=size)))
     other = identify_model(str(write_model(tmp_path / "other", seed=2, size=size)))
     assert one == same != other
+
+
+def test_a_model_in_a_store_is_the_same_model_as_its_local_copy(tmp_path):
+    folder = write_model(tmp_path / "model", seed=3, size=65536)
+    store = Storage("memory://models-in-a-store")
+    for path in folder.iterdir():
+        store.write_whole(path.name, path.read_bytes())
+    local, remote = make_job(model=str(folder)).resolve(), make_job(model=store.uri).resolve()
+    assert remote.fingerprint() == local.fingerprint() and remote.model == store.uri
 
 
 def test_a_changed_configuration_or_tokenizer_is_another_fingerprint(model):

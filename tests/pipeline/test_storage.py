@@ -285,7 +285,8 @@ def test_an_unknown_protocol_is_refused():
 
 def test_uris_are_split_and_made_absolute():
     assert absolute_uri("a/../b", Path("/base")) == "/base/b"
-    assert absolute_uri("s3://b/k", Path("/base")) == "s3://b/k"
+    assert absolute_uri("s3://b/k", Path("/base")) == absolute_uri("s3a://b/k", Path("/base")) == "s3://b/k"
+    assert absolute_uri("file:///a/b", Path("/base")) == "/a/b"
     assert Storage("file:///tmp/x").uri == "/tmp/x"
     for uri in ("/tmp/x/y.parquet", "s3://b/y.parquet", "memory://b/k/y.parquet"):
         storage, name = split_uri(uri)
