@@ -21,11 +21,17 @@ Shape letters: B rows, V vocabulary, L the width of a padded list.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from kernels.on_demand import triton_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 GREEDY_TEMPERATURE = 1e-5
 """Rows below this temperature take the largest logit; as in vLLM."""
@@ -33,8 +39,14 @@ GREEDY_TEMPERATURE = 1e-5
 NOISE_SPAN = 26.0
 """Above the difference of the largest and the smallest noise, 22.874 + 2.812."""
 
-PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+NOISE_MIN = -2.82
+"""Below the smallest noise, -2.812."""
+
+DRAW_CANDIDATES = 1 << 18
+"""The CPU draws for so many candidates at once: 8 MB of random words."""
+
+PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+PHILOX_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
@@ -96,6 +108,8 @@ def check_sampling(logits_BV: Tensor, batch: SamplingBatch) -> None:
     for name in ("temperature_B", "top_k_B", "top_p_B", "min_p_B", "seed_B", "position_B"):
         if getattr(batch, name).shape != (num_rows,):
             raise ValueError(f"sample: {name} is {tuple(getattr(batch, name).shape)}; it must be [{num_rows}]")
+        if getattr(batch, name).device != logits_BV.device:
+            raise ValueError(f"sample: {name} is on {getattr(batch, name).device}, logits on {logits_BV.device}")
     if not 0 <= batch.num_top_logprobs <= vocab_size:
         raise ValueError(f"sample: num_top_logprobs={batch.num_top_logprobs}; it must be 0 to {vocab_size}")
     for row, token in batch.banned or ():
@@ -103,24 +117,243 @@ def check_sampling(logits_BV: Tensor, batch: SamplingBatch) -> None:
             raise ValueError(f"sample: banned pair ({row}, {token}) is outside of logits {tuple(logits_BV.shape)}")
 
 
+@triton_kernel
+def _largest(x, size, BLOCK: tl.constexpr):
+    """max(x)."""
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        best = tl.maximum(best, tl.load(x + column, mask=column < size, other=float("-inf")))
+    return tl.max(best, axis=0)
+
+
+@triton_kernel
+def _ordered(x):
+    """float32 as uint32 that compare alike; both zeros are one."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    flip = (bits >> 31) | -2147483648
+    return (bits ^ flip).to(tl.uint32, bitcast=True)
+
+
+@triton_kernel
+def _count_and_mass(x, size, temperature, best, threshold, BLOCK: tl.constexpr):
+    """How many x / temperature are not below the threshold (as ordered bits), and their sum of exp(. - best)."""
+    count = tl.zeros((BLOCK,), tl.int32)
+    mass = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < size
+        scaled = tl.div_rn(tl.load(x + column, mask=inside, other=float("-inf")), temperature)
+        kept = inside & (_ordered(scaled) >= threshold)
+        count += kept.to(tl.int32)
+        mass += tl.where(kept, tl.exp(scaled - best), 0.0)
+    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
+
+
+@triton_kernel
+def _gumbel(bits):
+    """uint32 words to standard Gumbel noise; see the head of the file."""
+    v = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.999999940395355224609375)
+    series = v * (1.0 + v * (0.5 + v * 0.3333333333333333))
+    return -tl.log(tl.where(v < 0.0078125, series, -tl.log(1.0 - v)))
+
+
+@triton_kernel
+def _sample_kernel(
+    raw,
+    filtered,
+    temperature,
+    top_k,
+    top_p,
+    log_min_p,
+    seed,
+    position,
+    token_ids,
+    logprobs,
+    log_sums,
+    size,
+    raw_stride,
+    filtered_stride,
+    greedy_temperature,
+    noise_span,
+    BLOCK: tl.constexpr,
+):
+    """One program per row. Reads a row three times when greedy, four times when sampled, and 32 times more for each
+    of top_k and top_p: their thresholds are found bit by bit, without sorting, and so keep all ties."""
+    row = tl.program_id(0)
+    raw += row.to(tl.int64) * raw_stride
+    x = filtered + row.to(tl.int64) * filtered_stride
+    raw_best = _largest(raw, size, BLOCK)
+    zero_threshold = (row * 0).to(tl.uint32)
+    _, raw_mass = _count_and_mass(raw, size, 1.0, raw_best, zero_threshold, BLOCK)
+    log_sum = raw_best + tl.log(raw_mass)
+
+    row_temperature = tl.load(temperature + row)
+    is_greedy = row_temperature < greedy_temperature
+    divisor = tl.where(is_greedy, 1.0, row_temperature)
+    best = tl.div_rn(_largest(x, size, BLOCK), divisor)
+    threshold = zero_threshold
+    cut = best
+    if not is_greedy:
+        cut = best - noise_span - tl.abs(best) * 2.384185791015625e-07
+        threshold = _ordered(best + tl.load(log_min_p + row))
+        k = tl.load(top_k + row)
+        if (k > 0) & (k < size):
+            found = zero_threshold
+            bit = zero_threshold + 2147483648
+            for _ in range(32):
+                count, _mass = _count_and_mass(x, size, divisor, best, found | bit, BLOCK)
+                found = tl.where(count >= k, found | bit, found)
+                bit = bit >> 1
+            threshold = tl.maximum(threshold, found)
+        p = tl.load(top_p + row)
+        if p < 1.0:
+            _count, kept_mass = _count_and_mass(x, size, divisor, best, threshold, BLOCK)
+            found = zero_threshold
+            bit = zero_threshold + 2147483648
+            for _ in range(32):
+                _count, mass = _count_and_mass(x, size, divisor, best, found | bit, BLOCK)
+                found = tl.where(mass >= p * kept_mass, found | bit, found)
+                bit = bit >> 1
+            threshold = tl.maximum(threshold, found)
+
+    # Each place of the vectors sees ascending candidates, so a strict comparison keeps the smallest id of a tie.
+    row_seed = tl.load(seed + row)
+    row_position = tl.load(position + row).to(tl.uint32).to(tl.int32, bitcast=True)
+    best_score = tl.full((BLOCK // 4,), float("-inf"), tl.float32)
+    best_id = tl.full((BLOCK // 4,), 2147483647, tl.int32)
+    for start in range(0, size, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        values = tl.load(x + column, mask=column < size, other=float("-inf"))
+        if tl.max(tl.div_rn(values, divisor), axis=0) >= cut:
+            counter = start // 4 + tl.arange(0, BLOCK // 4)
+            zeros = counter * 0
+            words = tl.philox(row_seed, counter, zeros + row_position, zeros, zeros)
+            for lane in tl.static_range(4):
+                candidate = 4 * counter + lane
+                value = tl.load(x + candidate, mask=candidate < size, other=float("-inf"))
+                scaled = tl.div_rn(value, divisor)
+                score = scaled + tl.where(is_greedy, 0.0, _gumbel(words[lane]))
+                better = (score > best_score) & (_ordered(scaled) >= threshold)
+                best_score = tl.where(better, score, best_score)
+                best_id = tl.where(better, candidate, best_id)
+    winner = tl.max(best_score, axis=0)
+    token = tl.min(tl.where(best_score == winner, best_id, 2147483647), axis=0)
+    token = tl.minimum(token, size - 1)  # a row without any number has no winner
+    tl.store(token_ids + row, token.to(tl.int64))
+    tl.store(logprobs + row, tl.load(raw + token) - log_sum)
+    tl.store(log_sums + row, log_sum)
+
+
+@triton_kernel
+def _penalise_kernel(
+    logits, token_ids, counts, repetition, presence, frequency, stride, list_stride, width, BLOCK: tl.constexpr
+):
+    """One program per row and BLOCK listed tokens; in place."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    token = tl.load(token_ids + row * list_stride + column, mask=inside, other=-1)
+    count = tl.load(counts + row * list_stride + column, mask=inside, other=0)
+    used = token >= 0
+    at = logits + row.to(tl.int64) * stride + token
+    x = tl.load(at, mask=used, other=0.0)
+    factor = tl.load(repetition + row)
+    x = tl.where(x > 0, tl.div_rn(x, factor), x * factor)
+    x -= tl.load(frequency + row) * count.to(tl.float32)
+    x -= tl.where(count > 0, tl.load(presence + row), 0.0)
+    tl.store(at, x, mask=used)
+
+
+def sample_triton(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
+    """Choose one token per row on the device; nothing is copied to the host. Any vocabulary size below 2^31 - 4096.
+
+    A row whose logits hold NaN gets a logprob of NaN and some token, for the caller to refuse.
+    """
+    check_sampling(logits_BV, batch)
+    num_rows, vocab_size = logits_BV.shape
+    if logits_BV.stride(1) != 1:
+        logits_BV = logits_BV.contiguous()
+    token_ids = torch.empty((num_rows,), dtype=torch.int64, device=logits_BV.device)
+    logprobs = torch.empty((num_rows,), dtype=torch.float32, device=logits_BV.device)
+    log_sums = torch.empty((num_rows,), dtype=torch.float32, device=logits_BV.device)
+    if num_rows:
+        filtered = penalise_triton(logits_BV, batch)
+        _sample_kernel[(num_rows,)](
+            logits_BV,
+            filtered,
+            batch.temperature_B,
+            batch.top_k_B,
+            batch.top_p_B,
+            batch.min_p_B.double().log().float(),
+            batch.seed_B,
+            batch.position_B,
+            token_ids,
+            logprobs,
+            log_sums,
+            vocab_size,
+            logits_BV.stride(0),
+            filtered.stride(0),
+            GREEDY_TEMPERATURE,
+            NOISE_SPAN,
+            BLOCK=min(4096, max(16, 1 << (vocab_size - 1).bit_length())),
+            num_warps=8,
+        )
+    if not batch.num_top_logprobs:
+        return SampleResult(token_ids, logprobs)
+    top_BL, top_ids_BL = logits_BV.topk(batch.num_top_logprobs, dim=1)
+    return SampleResult(token_ids, logprobs, top_ids_BL, top_BL - log_sums.unsqueeze(1))
+
+
+def penalise_triton(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
+    """The logits themselves, or a copy with penalties and bans."""
+    penalties = batch.penalties
+    if penalties is None and not batch.banned:
+        return logits_BV
+    changed_BV = logits_BV.clone()
+    if penalties is not None and penalties.token_ids_BL.shape[1]:
+        token_ids_BL = penalties.token_ids_BL.contiguous()
+        num_rows, width = token_ids_BL.shape
+        _penalise_kernel[(num_rows, -(-width // 256))](
+            changed_BV,
+            token_ids_BL,
+            penalties.output_counts_BL.contiguous(),
+            penalties.repetition_B,
+            penalties.presence_B,
+            penalties.frequency_B,
+            changed_BV.stride(0),
+            width,
+            width,
+            BLOCK=256,
+            num_warps=4,
+        )
+    if batch.banned:
+        pairs = torch.tensor(batch.banned).to(logits_BV.device, non_blocking=True)
+        changed_BV[pairs[:, 0], pairs[:, 1]] = -torch.inf
+    return changed_BV
+
+
 def sample_cpu(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
-    """Choose one token per row on the CPU; rows are computed one by one, so none depends on the batch."""
+    """Choose one token per row on the CPU; no row's arithmetic depends on the others, nor on the number of threads.
+
+    A row whose logits hold NaN gets a logprob of NaN and some token, for the caller to refuse.
+    """
     check_sampling(logits_BV, batch)
     raw_BV = logits_BV.numpy()
-    filtered = penalised_rows(raw_BV, batch)
-    log_sums = [log_sum_exp(row) for row in raw_BV]
-    token_ids = []
-    for row in range(len(raw_BV)):
-        values = filtered.get(row, raw_BV[row])
-        temperature = float(batch.temperature_B[row])
-        if temperature < GREEDY_TEMPERATURE:
-            token_ids.append(int(values.argmax()))
-            continue
-        scaled = values / np.float32(temperature)
-        keep_likely(scaled, int(batch.top_k_B[row]), float(batch.top_p_B[row]), float(batch.min_p_B[row]))
-        token_ids.append(choose_with_noise(scaled, int(batch.seed_B[row]), int(batch.position_B[row])))
-    tokens_B = torch.tensor(token_ids, dtype=torch.int64)
-    log_sums_B = torch.tensor(log_sums, dtype=torch.float32)
+    changed = penalise_rows(raw_BV, batch)
+    temperatures = batch.temperature_B.numpy()
+    tokens = np.zeros(len(raw_BV), np.int64)
+    log_sums = np.empty(len(raw_BV), np.float32)
+    drawn: list[Candidates] = []
+    for row, raw in enumerate(raw_BV):
+        top = int(raw.argmax())
+        log_sums[row] = log_sum_exp(raw, raw[top])
+        logits = changed.get(row, raw)
+        tokens[row] = top if logits is raw else int(logits.argmax())
+        if temperatures[row] >= GREEDY_TEMPERATURE and np.isfinite(logits[tokens[row]]):
+            drawn.append(likely_candidates(logits, row, batch))
+    draw(drawn, batch, tokens)
+    tokens_B, log_sums_B = torch.from_numpy(tokens), torch.from_numpy(log_sums)
     logprobs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - log_sums_B
     if not batch.num_top_logprobs:
         return SampleResult(tokens_B, logprobs_B)
@@ -128,23 +361,29 @@ def sample_cpu(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
     return SampleResult(tokens_B, logprobs_B, top_ids_BL, top_BL - log_sums_B.unsqueeze(1))
 
 
-def penalised_rows(raw_BV: FloatArray, batch: SamplingBatch) -> dict[int, FloatArray]:
-    """Copies of the rows that penalties or bans change, by row."""
+def log_sum_exp(x: FloatArray, largest: np.float32) -> np.float32:
+    """log(sum(exp(x))) of one row."""
+    if np.isinf(largest):
+        return largest
+    return largest + np.log(np.exp(x - largest).sum())
+
+
+def penalise_rows(raw_BV: FloatArray, batch: SamplingBatch) -> dict[int, FloatArray]:
+    """Changed copies of the rows that penalties or bans change, by row."""
     changed: dict[int, FloatArray] = {}
     if batch.penalties is not None:
         penalties = batch.penalties
-        for row, ids in enumerate(penalties.token_ids_BL.numpy()):
-            used = ids >= 0
-            repetition, presence, frequency = (
-                np.float32(getattr(penalties, name)[row]) for name in ("repetition_B", "presence_B", "frequency_B")
-            )
-            if not used.any() or (repetition == 1 and presence == 0 and frequency == 0):
+        factors = (penalties.repetition_B.numpy(), penalties.presence_B.numpy(), penalties.frequency_B.numpy())
+        for row, (repetition, presence, frequency) in enumerate(zip(*factors)):
+            if repetition == 1 and presence == 0 and frequency == 0:
                 continue
-            ids, counts = ids[used], penalties.output_counts_BL[row].numpy()[used].astype(np.float32)
-            values = changed[row] = raw_BV[row].copy()
-            x = values[ids]
-            x = np.where(x > 0, x / repetition, x * repetition)
-            values[ids] = x - frequency * counts - presence * (counts > 0)
+            ids = penalties.token_ids_BL[row].numpy()
+            counts = penalties.output_counts_BL[row].numpy()[ids >= 0].astype(np.float32)
+            ids = ids[ids >= 0]
+            changed[row] = raw_BV[row].copy()
+            x = changed[row][ids]
+            x = np.where(x > 0, x / repetition, x * repetition) - frequency * counts
+            changed[row][ids] = x - presence * (counts > 0)
     for row, token in batch.banned or ():
         if row not in changed:
             changed[row] = raw_BV[row].copy()
@@ -152,52 +391,93 @@ def penalised_rows(raw_BV: FloatArray, batch: SamplingBatch) -> dict[int, FloatA
     return changed
 
 
-def keep_likely(x: FloatArray, top_k: int, top_p: float, min_p: float) -> None:
-    """Set to -inf, in place, what min_p, top_k and top_p do not keep of one row of scaled logits."""
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What may still win in one row: ascending token ids, and their logits over the temperature."""
+
+    row: int
+    ids: NDArray[np.int64]
+    scaled: FloatArray
+
+    def could_win(self, bits: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Which candidates have noise large enough to beat the best candidate with the smallest noise.
+
+        Their score is at most scaled - log(v), as E >= v, and the best one's at least its scaled value + NOISE_MIN.
+        """
+        best = self.scaled.max()
+        slack = np.float32(0.01) + abs(best) * np.float32(2.0**-22)  # covers every rounding, here and of the scores
+        with np.errstate(over="ignore"):
+            return bits <= np.exp(self.scaled - (best + np.float32(NOISE_MIN) - slack)) * np.float32(2.0**32)
+
+
+def likely_candidates(logits: FloatArray, row: int, batch: SamplingBatch) -> Candidates:
+    """Apply temperature, min_p, top_k, top_p, and drop what no noise can lift above the best."""
+    scaled = logits / batch.temperature_B.numpy()[row]
+    best = scaled.max()
+    top_k, top_p, min_p = int(batch.top_k_B[row]), float(batch.top_p_B[row]), float(batch.min_p_B[row])
+    kept_from = -np.float32(np.inf)
     if min_p > 0:
-        x[x < x.max() + np.float32(np.log(min_p))] = -np.inf
-    if 0 < top_k < len(x):
-        x[x < np.partition(x, len(x) - top_k)[len(x) - top_k]] = -np.inf
+        kept_from = best + np.float32(np.log(min_p))
+    if 0 < top_k < len(scaled):
+        kept_from = max(kept_from, np.partition(scaled, len(scaled) - top_k)[len(scaled) - top_k])
     if top_p < 1:
-        descending = np.sort(x)[::-1]
-        mass = np.exp(descending - descending[0], dtype=np.float64)
-        mass_above = np.concatenate(([0.0], np.cumsum(mass)[:-1]))
-        num_kept = int((mass_above < top_p * mass.sum()).sum())
-        x[x < descending[max(num_kept, 1) - 1]] = -np.inf
+        kept_from = max(kept_from, top_p_threshold(scaled[scaled >= kept_from], top_p))
+    can_win_from = best - np.float32(NOISE_SPAN) - abs(best) * np.float32(2.0**-22)
+    ids = np.flatnonzero(scaled >= max(kept_from, can_win_from))
+    return Candidates(row, ids, scaled[ids])
 
 
-def choose_with_noise(x: FloatArray, seed: int, position: int) -> int:
-    """The argmax of one row of scaled logits plus keyed noise; the smallest id on ties."""
-    best = x.max()
-    candidates = np.flatnonzero(x >= best - NOISE_SPAN - abs(best) * np.float32(2.0**-22))
-    return int(candidates[(x[candidates] + gumbel_noise(seed, position, candidates)).argmax()])
+def top_p_threshold(x: FloatArray, top_p: float) -> np.float32:
+    """The smallest value of x with less than top_p of the mass strictly above it."""
+    descending = np.sort(x)[::-1]
+    mass_to = np.cumsum(np.exp(descending - descending[0]), dtype=np.float64)
+    num_kept = int(np.searchsorted(mass_to, top_p * mass_to[-1])) + 1
+    return descending[min(num_kept, len(descending)) - 1]
 
 
-def log_sum_exp(x: FloatArray) -> np.float32:
-    """log(sum(exp(x))) of one row."""
-    best = x.max()
-    return best + np.log(np.exp(x - best).sum(dtype=np.float32))
+def draw(drawn: list[Candidates], batch: SamplingBatch, tokens: NDArray[np.int64]) -> None:
+    """Write the winners of rows into `tokens`, at most DRAW_CANDIDATES (or one row) at a time."""
+    start = 0
+    while start < len(drawn):
+        stop, num_candidates = start + 1, len(drawn[start].ids)
+        while stop < len(drawn) and num_candidates + len(drawn[stop].ids) <= DRAW_CANDIDATES:
+            num_candidates += len(drawn[stop].ids)
+            stop += 1
+        rows = drawn[start:stop]
+        bits = noise_bits([(int(batch.seed_B[c.row]), int(batch.position_B[c.row]), c.ids) for c in rows])
+        for candidates, row_bits in zip(rows, bits):
+            live = np.flatnonzero(candidates.could_win(row_bits))
+            scores = candidates.scaled[live] + gumbel_of_bits(row_bits[live])
+            tokens[candidates.row] = candidates.ids[live[scores.argmax()]]
+        start = stop
 
 
-def philox_4x32(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint64]:
-    """Philox-4x32-10 of uint64 [4, n] counters whose entries are below 2^32; the same shape and range."""
+def noise_bits(rows: list[tuple[int, int, NDArray[np.int64]]]) -> list[NDArray[np.uint64]]:
+    """The 32 random bits of each candidate, for rows of (seed, position, ascending candidates)."""
+    lengths = [len(ids) for _, _, ids in rows]
+    ids = np.concatenate([ids for _, _, ids in rows])
+    row = np.repeat(np.arange(len(rows)), lengths)
+    # Four candidates share a counter; neighbours among the candidates mostly do.
+    is_new = np.ones(len(ids), bool)
+    is_new[1:] = ((ids[1:] >> 2) != (ids[:-1] >> 2)) | (row[1:] != row[:-1])
+    counter = np.zeros((4, int(is_new.sum())), np.uint64)
+    row_of_counter = row[is_new]
+    seeds, positions = (np.array([r[i] for r in rows], np.uint64)[row_of_counter] for i in range(2))
+    counter[0], counter[1] = ids[is_new] >> 2, positions
+    words = philox_4x32(counter, (seeds & _LOW, seeds >> _HALF))
+    return np.split(words[ids & 3, np.cumsum(is_new) - 1], np.cumsum(lengths)[:-1])
+
+
+def philox_4x32(counter: NDArray[np.uint64], key: tuple[NDArray[np.uint64], NDArray[np.uint64]]) -> NDArray[np.uint64]:
+    """Philox-4x32-10 of uint64 [4, n] counters under uint64 [n] keys, all below 2^32; the same shape and range."""
     c0, c1, c2, c3 = counter
     key0, key1 = key
     for _ in range(10):
-        product0, product1 = c0 * np.uint64(PHILOX_MULTIPLIERS[0]), c2 * np.uint64(PHILOX_MULTIPLIERS[1])
-        c0, c2 = (product1 >> _HALF) ^ c1 ^ np.uint64(key0), (product0 >> _HALF) ^ c3 ^ np.uint64(key1)
+        product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
+        c0, c2 = (product1 >> _HALF) ^ c1 ^ key0, (product0 >> _HALF) ^ c3 ^ key1
         c1, c3 = product1 & _LOW, product0 & _LOW
-        key0, key1 = (key0 + PHILOX_WEYL[0]) & 0xFFFFFFFF, (key1 + PHILOX_WEYL[1]) & 0xFFFFFFFF
+        key0, key1 = (key0 + PHILOX_WEYL[0]) & _LOW, (key1 + PHILOX_WEYL[1]) & _LOW
     return np.stack((c0, c1, c2, c3))
-
-
-def gumbel_noise(seed: int, position: int, candidates: NDArray[np.int64]) -> FloatArray:
-    """The noise of the candidates (ascending ids) of one row at one position."""
-    blocks, inverse = np.unique(candidates >> 2, return_inverse=True)
-    counter = np.zeros((4, len(blocks)), np.uint64)
-    counter[0], counter[1] = blocks, position
-    words = philox_4x32(counter, (seed & 0xFFFFFFFF, seed >> 32))
-    return gumbel_of_bits(words[candidates & 3, inverse])
 
 
 def gumbel_of_bits(bits: NDArray[np.uint64]) -> FloatArray:

@@ -8,7 +8,7 @@ processes do not inherit it, and the kernels, which import Triton at their first
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -81,24 +81,31 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def guarded(monkeypatch) -> Iterator[None]:
-    """Every `torch.empty` comes filled with NaN (integers with -1) between two guards, checked at the end."""
-    plain_empty, allocated = torch.empty, []
+def new_between_guards() -> Iterator[Callable[..., torch.Tensor]]:
+    """`new(shape, dtype, device)`: memory full of NaN (integers: -1) between guards, which are checked at the end."""
+    buffers = []
+
+    def new(shape, dtype, device) -> torch.Tensor:
+        shape = torch.Size(shape)
+        blank = float("nan") if dtype.is_floating_point else -1
+        buffers.append(torch.full((shape.numel() + 2 * GUARD,), blank, dtype=dtype, device=device))
+        return buffers[-1][GUARD:-GUARD].view(shape)
+
+    yield new
+    for buffer in buffers:
+        guards = torch.cat((buffer[:GUARD], buffer[-GUARD:]))
+        untouched = guards.isnan() if guards.dtype.is_floating_point else guards == -1
+        assert bool(untouched.all()), "a kernel wrote outside of its output"
+
+
+@pytest.fixture
+def guarded(monkeypatch, new_between_guards) -> None:
+    """Every `torch.empty` of a launcher comes full of NaN and between guards."""
+    plain_empty = torch.empty
 
     def guarded_empty(*shape, dtype=torch.float32, device=None, **others):
         if others:  # torch's own calls, in its decompositions
             return plain_empty(*shape, dtype=dtype, device=device, **others)
-        shape = torch.Size(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
-        buffer = plain_empty(shape.numel() + 2 * GUARD, dtype=dtype, device=device)
-        buffer.fill_(float("nan") if dtype.is_floating_point else -1)
-        allocated.append(buffer)
-        return buffer[GUARD : GUARD + shape.numel()].view(shape)
+        return new_between_guards(shape if isinstance(shape[0], int) else shape[0], dtype, device)
 
     monkeypatch.setattr(torch, "empty", guarded_empty)
-    yield
-    for buffer in allocated:
-        assert_untouched(torch.cat((buffer[:GUARD], buffer[-GUARD:])))
-
-
-def assert_untouched(x: torch.Tensor) -> None:
-    assert bool((x.isnan() if x.dtype.is_floating_point else x == -1).all()), "a kernel wrote outside of its output"
