@@ -44,9 +44,10 @@ from pipeline.ledger import (
 )
 from pipeline.progress import Progress, Tally, bill_table, new_console
 from pipeline.prompts import Renderer
-from pipeline.results import list_slices, passthrough_columns, published_shards
+from pipeline.results import passthrough_columns, published_shards
 from pipeline.shards import Shard, ShardList, list_shards, open_shard
 from pipeline.slice_runner import RunSpec, max_actors
+from pipeline.slices import drop_damaged, list_slices
 from pipeline.storage import Storage, public_uri
 
 EXIT_DONE, EXIT_BUG, EXIT_USAGE, EXIT_ERRORS, EXIT_LIMIT = 0, 1, 2, 3, 4
@@ -122,7 +123,7 @@ def _answer(spec: RunSpec, todo: Sequence[Shard], tally: Tally, record: RunRecor
     is_ours = start_ray()
     try:
         check_pool_fits(spec.job)
-        graph = Graph(spec, todo, list_slices(spec.output))
+        graph = Graph(spec, todo, drop_damaged(spec.output, list_slices(spec.output)))
         with _signals() as signals, Progress(console, tally) as progress:
             try:
                 stop = _watch(graph, tally, spec.job, signals, progress)

@@ -34,16 +34,10 @@ from pipeline.admission import Admission, Attempt, SliceKey, WorkerEnd
 from pipeline.events import EVENT_TYPES, Event, ShardDone, ShardFailed, ShardPlanned, SliceDone, Tick
 from pipeline.job import Job, JobError
 from pipeline.prefix_plan import Slice, plan_shard
-from pipeline.results import (
-    OutputError,
-    ShardMetrics,
-    SliceName,
-    complete_set,
-    merge_shard,
-    passthrough_columns,
-)
+from pipeline.results import OutputError, ShardMetrics, merge_shard, passthrough_columns
 from pipeline.shards import Shard, ShardError, open_shard
 from pipeline.slice_runner import RunSpec, SliceRunner, found_slice, max_actors
+from pipeline.slices import SliceName, complete_set
 from pipeline.storage import StorageError
 
 MAX_MERGES = 4

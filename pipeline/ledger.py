@@ -15,8 +15,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.parquet import read_metadata
 from pipeline.pricing import SECONDS_PER_HOUR
-from pipeline.results import FOOTER_THREADS, METRICS, SLICES, SliceName, list_slices, read_metadata
+from pipeline.results import FOOTER_THREADS, METRICS
+from pipeline.slices import SLICES, SliceName, list_slices
 from pipeline.storage import Storage
 
 RUNS = "_runs"

@@ -1,18 +1,12 @@
-"""What a run leaves behind: slice objects while it runs; results, metrics and errors of a shard once it is done.
+"""A shard's files: `<shard>.parquet` in `results/`, in `metrics/` and, where rows failed, in `errors/`.
 
-The published object is the done mark: it is written whole, checked, and read back before anything is removed.
-Knows no Ray and no engine; the graph's actor publishes slices, its merge task publishes shards, status reads both.
-
-Layout below the output: `_slices/<shard>/<slice>.parquet`, `results/<shard>.parquet`, `metrics/<shard>.parquet`,
-`errors/<shard>.parquet`. Each carries a JSON text under the key `shoal` in its Parquet metadata.
+Made of the shard's slices and its input. The published results are the done mark: written whole, checked, and read
+back before a slice is removed. Knows no Ray and no engine; called by the graph's merge tasks.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,55 +18,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from actors.requests import Completion, SamplingParams, TokenLogprob
 from pipeline.job import Job
-from pipeline.prefix_plan import PlannedRow, ShardPlan, Slice
+from pipeline.parquet import ParquetBuffer, read_metadata, to_parquet
 from pipeline.pricing import Price
 from pipeline.shards import Shard, ShardError, open_shard
+from pipeline.slices import ERROR_TYPE, SLICES, SliceTimes, answer_fields, read_slices
 from pipeline.storage import FileInfo, Storage
 
-SLICES, RESULTS, METRICS, ERRORS = "_slices", "results", "metrics", "errors"
-METADATA_KEY = b"shoal"
+RESULTS, METRICS, ERRORS = "results", "metrics", "errors"
 MERGE_BATCH_ROWS = 8192
 FOOTER_THREADS = 16
-_SLICE_NAME = re.compile(r"(\d{5,})-of-(\d{5,})-([0-9a-f]{12})-([0-9a-f]{8})-([0-9a-f]{8})\.parquet")
-
-ERROR_TYPE = pa.struct([("kind", pa.string()), ("message", pa.string())])
-_TOP_TYPE = pa.struct([("token_id", pa.int64()), ("token", pa.string()), ("logprob", pa.float64())])
-_LOGPROB_TYPE = pa.struct(
-    [("token_id", pa.int64()), ("token", pa.string()), ("logprob", pa.float64()), ("top", pa.list_(_TOP_TYPE))]
-)
 
 
 class OutputError(ValueError):
     """The output cannot be made of these inputs; the message names the column or file and the way out."""
-
-
-# --- columns ---------------------------------------------------------------------------------------------------
-
-
-def answer_fields(sampling: SamplingParams) -> list[pa.Field]:
-    """The columns that Shoal adds to a row. For n > 1 the text columns are lists, one entry per completion."""
-
-    def per_completion(type_: pa.DataType) -> pa.DataType:
-        return pa.list_(type_) if sampling.n > 1 else type_
-
-    columns = [
-        ("response", per_completion(pa.string())),
-        ("finish_reason", per_completion(pa.string())),
-        ("error", ERROR_TYPE),
-        ("prompt_tokens", pa.int64()),
-        ("cached_tokens", pa.int64()),
-        ("completion_tokens", pa.int64()),
-        ("drafted_tokens", pa.int64()),
-        ("accepted_tokens", pa.int64()),
-        ("mean_logprob", per_completion(pa.float64())),
-        ("device_seconds", pa.float64()),
-        ("cost_usd", pa.float64()),
-    ]
-    if sampling.logprobs is not None:
-        columns.append(("logprobs", per_completion(pa.list_(_LOGPROB_TYPE))))
-    return [pa.field(name, type_) for name, type_ in columns]
 
 
 def passthrough_columns(job: Job, schema: pa.Schema, shard: str) -> list[str]:
@@ -98,195 +57,6 @@ def passthrough_columns(job: Job, schema: pa.Schema, shard: str) -> list[str]:
 
 def _is_own_error(schema: pa.Schema, name: str) -> bool:
     return name == "error" and schema.field(name).type == ERROR_TYPE
-
-
-# --- slices ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class SliceName:
-    """A slice object's name says which rows of which input, answered by which job, it holds.
-
-    The same name always means the same rows, whichever run or attempt wrote it.
-    """
-
-    index: int
-    num_slices: int
-    job: str
-    input: str
-    plan: str
-
-    @classmethod
-    def of(cls, part: Slice | ShardPlan, index: int, fingerprint: str) -> SliceName:
-        etag = part.etag if isinstance(part, Slice) else part.shard.etag
-        return cls(index, part.num_slices, fingerprint[:12], _short_hash(etag), _short_hash(part.plan_id))
-
-    @classmethod
-    def parse(cls, file_name: str) -> SliceName | None:
-        match = _SLICE_NAME.fullmatch(file_name)
-        if match is None:
-            return None
-        index, num_slices, job, version, plan = match.groups()
-        return cls(int(index), int(num_slices), job, version, plan)
-
-    def __str__(self) -> str:
-        return f"{self.index:05d}-of-{self.num_slices:05d}-{self.job}-{self.input}-{self.plan}.parquet"
-
-    def path(self, shard: str) -> str:
-        return f"{SLICES}/{shard}/{self}"
-
-    def belongs_to(self, fingerprint: str, etag: str) -> bool:
-        return self.job == fingerprint[:12] and self.input == _short_hash(etag)
-
-
-@dataclass(slots=True)
-class SliceTimes:
-    """What a worker did between the slice that it published before and this one, so that sums over slices are its
-    whole time; and when this slice was worked on (seconds since 1970)."""
-
-    run: str = ""
-    worker: str = ""
-    node: str = ""
-    device: str = ""
-    attempts: int = 1
-    started_at: float = 0.0
-    finished_at: float = 0.0
-    load_s: float = 0.0
-    idle_s: float = 0.0
-    lost_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    write_s: float = 0.0
-    peak_pages: int = 0
-    usd_per_device_hour: float = 0.0
-    price_source: str = ""
-    achievable_prefix_tokens: int = 0
-    notes: list[str] = field(default_factory=list)
-
-
-def slice_table(
-    sampling: SamplingParams, rows: Sequence[PlannedRow], completions: Sequence[Completion], price: Price
-) -> pa.Table:
-    """One table row per planned row; the rows folded onto it are named in `duplicates` and written out at the merge."""
-    if len(rows) != len(completions):
-        raise OutputError(f"{len(rows)} rows and {len(completions)} completions: a row would be lost")
-    usages = [completion.usage for completion in completions]
-    seconds = [usage.device_seconds for usage in usages]
-    columns: dict[str, Sequence[Any]] = {
-        "row_index": [row.row_index for row in rows],
-        "duplicates": [row.duplicates for row in rows],
-        "response": _texts(completions, sampling),
-        "finish_reason": _finish_reasons(completions, sampling),
-        "error": [completion.error and asdict(completion.error) for completion in completions],
-        "prompt_tokens": [usage.prompt_tokens for usage in usages],
-        "cached_tokens": [usage.cached_tokens for usage in usages],
-        "completion_tokens": [usage.completion_tokens for usage in usages],
-        "drafted_tokens": [usage.drafted_tokens for usage in usages],
-        "accepted_tokens": [usage.accepted_tokens for usage in usages],
-        "mean_logprob": _mean_logprobs(completions, sampling),
-        "device_seconds": seconds,
-        "cost_usd": [price.cost_usd(s) for s in seconds],
-        "time_to_first_token_s": [usage.time_to_first_token_s for usage in usages],
-        "inter_token_s": [usage.inter_token_s for usage in usages],
-        "num_preemptions": [usage.num_preemptions for usage in usages],
-    }
-    if sampling.logprobs is not None:
-        columns["logprobs"] = _logprobs(completions, sampling)
-    return pa.table(columns, schema=_slice_schema(sampling))
-
-
-def publish_slice(
-    output: Storage,
-    shard: str,
-    name: SliceName,
-    table: pa.Table,
-    times: SliceTimes,
-    summary: Mapping[str, Any],
-) -> FileInfo:
-    """Write a slice object, whole or not at all. `summary` is whatever a later run wants to know without reading it."""
-    metadata = {"summary": summary, **asdict(times)}
-    return output.write_whole(name.path(shard), _to_parquet(table, metadata))
-
-
-def list_slices(output: Storage, shard: str = "") -> dict[str, dict[str, SliceName]]:
-    """Shard name -> path -> name of every slice object there is, of one shard or of all; one listing."""
-    found: dict[str, dict[str, SliceName]] = {}
-    for file in output.list(f"{SLICES}/{shard}" if shard else SLICES):
-        _, shard_name, file_name = file.path.split("/", 2)
-        name = SliceName.parse(file_name)
-        if name is not None and file.size_bytes > 0:
-            found.setdefault(shard_name, {})[file.path] = name
-    return found
-
-
-def complete_set(slices: Mapping[str, SliceName], fingerprint: str, etag: str) -> list[str] | None:
-    """The paths of a shard's slices, in order, if each is there exactly once; else None and a plan must tell."""
-    current = {path: name for path, name in slices.items() if name.belongs_to(fingerprint, etag)}
-    plans = {(name.num_slices, name.plan) for name in current.values()}
-    indices = sorted(name.index for name in current.values())
-    if len(plans) != 1 or indices != list(range(plans.pop()[0])):
-        return None
-    return sorted(current, key=lambda path: current[path].index)
-
-
-def _slice_schema(sampling: SamplingParams) -> pa.Schema:
-    return pa.schema(
-        [
-            pa.field("row_index", pa.int64()),
-            pa.field("duplicates", pa.list_(pa.int64())),
-            *answer_fields(sampling),
-            pa.field("time_to_first_token_s", pa.float64()),
-            pa.field("inter_token_s", pa.float64()),
-            pa.field("num_preemptions", pa.int64()),
-        ]
-    )
-
-
-def _texts(completions: Sequence[Completion], sampling: SamplingParams) -> list[Any]:
-    return [
-        None if c.error else [o.text for o in c.outputs] if sampling.n > 1 else c.outputs[0].text for c in completions
-    ]
-
-
-def _finish_reasons(completions: Sequence[Completion], sampling: SamplingParams) -> list[Any]:
-    if sampling.n > 1:
-        return [["error"] if c.error else [o.finish_reason for o in c.outputs] for c in completions]
-    return ["error" if c.error else c.outputs[0].finish_reason for c in completions]
-
-
-def _mean_logprobs(completions: Sequence[Completion], sampling: SamplingParams) -> list[Any]:
-    return [
-        None if c.error else [o.mean_logprob for o in c.outputs] if sampling.n > 1 else c.outputs[0].mean_logprob
-        for c in completions
-    ]
-
-
-def _logprobs(completions: Sequence[Completion], sampling: SamplingParams) -> list[Any]:
-    return [
-        None
-        if c.error
-        else [_token_logprobs(o.logprobs) for o in c.outputs]
-        if sampling.n > 1
-        else _token_logprobs(c.outputs[0].logprobs)
-        for c in completions
-    ]
-
-
-def _token_logprobs(tokens: list[TokenLogprob] | None) -> list[dict[str, Any]] | None:
-    if tokens is None:
-        return None
-    return [
-        {
-            "token_id": token.token_id,
-            "token": token.token,
-            "logprob": token.logprob,
-            "top": [{"token_id": id_, "token": text, "logprob": value} for id_, text, value in token.top],
-        }
-        for token in tokens
-    ]
-
-
-# --- shards ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -373,17 +143,6 @@ def published_shards(output: Storage, shards: Sequence[Shard], fingerprint: str)
         return {shard.name for shard, is_done in zip(shards, done) if is_done}
 
 
-def read_metadata(output: Storage, file: FileInfo) -> dict[str, Any]:
-    """What Shoal wrote into a Parquet file's footer; empty for a file that is not Shoal's or not readable."""
-    try:
-        with output.open_input(file.path, file.size_bytes) as source:
-            metadata = pq.ParquetFile(source).metadata
-            own = json.loads((metadata.metadata or {}).get(METADATA_KEY, b"{}"))
-            return {**own, "num_rows": metadata.num_rows}
-    except (pa.ArrowException, OSError, ValueError):
-        return {}
-
-
 def merge_shard(job: Job, shard: Shard, output: Storage, slice_paths: Sequence[str], fingerprint: str) -> ShardMetrics:
     """Publish a shard from its slices: metrics, errors, then results; then remove all its slices.
 
@@ -391,7 +150,7 @@ def merge_shard(job: Job, shard: Shard, output: Storage, slice_paths: Sequence[s
     input a few thousand rows at a time. ShardError if rows are missing or double, or the input has changed.
     """
     started = time.perf_counter()
-    answers, times = _read_slices(job, output, slice_paths)
+    answers, times = read_slices(job.sampling, output, slice_paths)
     folding = _fold_out(answers, shard)
     results, failed = _assemble(job, shard, answers, folding, fingerprint)
     with open_shard(shard):  # raises if the input was changed while it was read
@@ -409,23 +168,6 @@ class _Folding:
 
     source: np.ndarray
     is_duplicate: np.ndarray
-
-
-def _read_slices(job: Job, output: Storage, slice_paths: Sequence[str]) -> tuple[pa.Table, list[SliceTimes]]:
-    tables, times = [_slice_schema(job.sampling).empty_table()], []
-    for path in slice_paths:
-        try:
-            with output.open_input(path) as source:
-                table = pq.ParquetFile(source).read()
-            tables.append(table.select(tables[0].schema.names).cast(tables[0].schema))
-            own = json.loads(table.schema.metadata[METADATA_KEY])
-        except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-            output.remove(path)
-            raise ShardError(
-                f"the slice {path} cannot be read ({error}) and was removed; run the same command again to compute it"
-            ) from error
-        times.append(SliceTimes(**{f.name: own[f.name] for f in fields(SliceTimes)}))
-    return pa.concat_tables(tables).combine_chunks(), times
 
 
 def _fold_out(answers: pa.Table, shard: Shard) -> _Folding:
@@ -455,7 +197,7 @@ def _assemble(
     added = [column.name for column in answer_fields(job.sampling)]
     has_errors = answers["error"].null_count < answers.num_rows
     metadata = {"fingerprint": fingerprint, "etag": shard.etag, "shard": shard.name}
-    results, failed = _ParquetBuffer(metadata), _ParquetBuffer({**metadata, "errors": True})
+    results, failed = ParquetBuffer(metadata), ParquetBuffer({**metadata, "errors": True})
     with open_shard(shard) as source:
         kept = passthrough_columns(job, source.schema_arrow, shard.name)
         retried = [column for column in source.schema_arrow.names if not _is_own_error(source.schema_arrow, column)]
@@ -577,7 +319,7 @@ def _publish_shard(output: Storage, shard: Shard, metrics: ShardMetrics, results
     assert metrics.rows_in == metrics.rows_ok + metrics.rows_error == shard.num_rows
     table = pa.Table.from_pylist([asdict(metrics)], schema=METRICS_SCHEMA)
     metadata = {"fingerprint": metrics.fingerprint, "etag": metrics.etag, "shard": shard.name}
-    output.write_whole(f"{METRICS}/{shard.name}.parquet", _to_parquet(table, metadata))
+    output.write_whole(f"{METRICS}/{shard.name}.parquet", to_parquet(table, metadata))
     if failed is None:
         output.remove(f"{ERRORS}/{shard.name}.parquet")
     else:
@@ -610,39 +352,3 @@ def _ratio(part: float, whole: float) -> float | None:
 
 def _joined(words: Iterator[str]) -> str:
     return ", ".join(sorted(set(words)))
-
-
-def _short_hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-# --- Parquet bytes ---------------------------------------------------------------------------------------------
-
-
-class _ParquetBuffer:
-    """A Parquet file made batch by batch in memory: a store takes an object in one PUT or not at all."""
-
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self._metadata = {METADATA_KEY: json.dumps(metadata).encode()}
-        self._sink = pa.BufferOutputStream()
-        self._writer: pq.ParquetWriter | None = None
-
-    def start(self, schema: pa.Schema) -> None:
-        self._writer = pq.ParquetWriter(self._sink, schema.with_metadata(self._metadata), compression="zstd")
-
-    def write(self, table: pa.Table) -> None:
-        if self._writer is None:
-            self.start(table.schema)
-        assert self._writer is not None
-        self._writer.write_table(table.replace_schema_metadata(self._metadata))
-
-    def finish(self) -> bytes:
-        assert self._writer is not None
-        self._writer.close()
-        return self._sink.getvalue().to_pybytes()
-
-
-def _to_parquet(table: pa.Table, metadata: Mapping[str, Any]) -> bytes:
-    buffer = _ParquetBuffer(metadata)
-    buffer.write(table)
-    return buffer.finish()

@@ -20,10 +20,11 @@ from pipeline.admission import Attempt
 from pipeline.answering import Answerer, Worker, poisonous
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job
+from pipeline.parquet import read_metadata
 from pipeline.prefix_plan import Slice
 from pipeline.pricing import price_of
-from pipeline.results import SliceName, SliceTimes, publish_slice, read_metadata, slice_table
 from pipeline.shards import ShardError
+from pipeline.slices import SliceName, SliceTimes, publish_slice, slice_table
 from pipeline.storage import Storage
 
 

@@ -1,0 +1,180 @@
+"""One worker and its slices, without Ray: what is published, and that no second of the worker is missing or double."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from pathlib import Path
+
+import pytest
+from fake_worker import FIRST_CHARACTER, FakeWorkers, answer_to
+
+from actors.requests import RowError
+from pipeline.admission import Admission, Attempt
+from pipeline.events import SliceDone, SliceDropped
+from pipeline.job import Job, job_from_dict
+from pipeline.prefix_plan import PlannedRow, Slice
+from pipeline.slice_runner import RunSpec, SliceRunner
+from pipeline.slices import SliceTimes, read_slices
+from pipeline.storage import Storage
+
+PRINT = "f" * 64
+
+
+class LocalGate:
+    """A worker's side of an Admission in the same process; can pretend that earlier attempts died."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+
+    async def begin(self, key: tuple[str, int]) -> Attempt:
+        return await self.admission.begin(key, "w")
+
+    async def try_rows(self, key: tuple[str, int], rows: frozenset[int]) -> None:
+        await self.admission.try_rows(key, rows)
+
+    async def finish(self, key: tuple[str, int], unanswered_s: float) -> None:
+        await self.admission.finish(key, "w", unanswered_s)
+
+
+def make_job(folder: Path) -> Job:
+    return job_from_dict(
+        {
+            "input": {"path": str(folder), "prompt_column": "p"},
+            "model": "m",
+            "output": {"path": str(folder / "out")},
+            "pricing": {"usd_per_device_hour": 3600},
+        }
+    )
+
+
+def make_slice(index: int, *prompts: str | RowError, num_slices: int = 3) -> Slice:
+    rows = []
+    for i, prompt in enumerate(prompts):
+        error = prompt if isinstance(prompt, RowError) else None
+        tokens = [] if error else [ord(c) - FIRST_CHARACTER for c in str(prompt)]
+        rows.append(PlannedRow(10 * index + i, tokens, None, 0, error))
+    return Slice("a", "etag", index, num_slices, rows, plan_id="p")
+
+
+async def start(job: Job, workers: FakeWorkers) -> tuple[SliceRunner, Admission]:
+    admission = Admission(window=10)
+    await admission.hello("w")
+    return SliceRunner(RunSpec("r", job, PRINT, workers), LocalGate(admission), "w", "node"), admission
+
+
+def run_slices(job: Job, workers: FakeWorkers, *slices: Slice) -> list[SliceDone | SliceDropped]:
+    async def go() -> list[SliceDone | SliceDropped]:
+        runner, _ = await start(job, workers)
+        return await asyncio.gather(*(runner.run(slice_) for slice_ in slices))
+
+    return asyncio.run(go())
+
+
+def read(job: Job, *events: SliceDone | SliceDropped) -> tuple[list[dict], list[SliceTimes]]:
+    paths = [event.path for event in events if isinstance(event, SliceDone)]
+    table, times = read_slices(job.sampling, Storage(job.output.path), paths)
+    return table.to_pylist(), times
+
+
+def test_a_slice_object_has_an_answer_or_an_error_for_each_planned_row(tmp_path, fake_workers):
+    job, workers = make_job(tmp_path), fake_workers()
+    (event,) = run_slices(job, workers, make_slice(1, "x", RowError("null_prompt", "is null"), "y"))
+    rows, _ = read(job, event)
+    assert [row["row_index"] for row in rows] == [10, 11, 12]
+    assert [row["response"] for row in rows] == [answer_to("x"), None, answer_to("y")]
+    assert rows[1]["error"] == {"kind": "null_prompt", "message": "is null"}
+    assert workers.asked() == ["a/10", "a/12"], "a row that was found bad in planning never sees the engine"
+    assert (event.rows, event.rows_error, event.index, event.num_slices) == (3, 1, 1, 3)
+
+
+def test_slices_sum_to_the_whole_time_that_the_worker_was_held(tmp_path, fake_workers):
+    job = make_job(tmp_path)
+
+    async def go() -> tuple[list[SliceDone | SliceDropped], float]:
+        started = time.perf_counter()
+        runner, _ = await start(job, fake_workers(delay_s=0.05, load_s=0.1))
+        first = await asyncio.gather(*(runner.run(make_slice(i, "x", "y")) for i in range(2)))
+        await asyncio.sleep(0.1)
+        last = await runner.run(make_slice(2, "z"))
+        return [*first, last], time.perf_counter() - started
+
+    events, held_s = asyncio.run(go())
+    rows, times = read(job, *events)
+    parts = [t.load_s + t.idle_s + t.lost_s for t in times] + [row["device_seconds"] for row in rows]
+    assert math.fsum(parts) == pytest.approx(held_s, abs=0.02)
+    assert [t.load_s > 0 for t in times].count(True) == 1, "the load is on one slice"
+    assert math.fsum(row["cost_usd"] for row in rows) == pytest.approx(5e-6)
+
+
+def test_a_worker_that_died_and_a_broken_engine_are_on_the_bill_as_lost(tmp_path, fake_workers):
+    job = make_job(tmp_path)
+
+    async def go() -> SliceDone | SliceDropped:
+        admission = Admission(window=10)
+        await admission.hello("w")
+        spec = RunSpec("r", job, PRINT, fake_workers())
+        runner = SliceRunner(spec, LocalGate(admission), "w", "node", lost_before_s=7.0)
+        runner._answerer.worker.stats_.busy_s += 2.0
+        return await runner.run(make_slice(0, "x", "BREAK"))
+
+    rows, (times,) = read(job, asyncio.run(go()))
+    assert times.lost_s == pytest.approx(9.0, abs=1e-3)
+    assert [row["error"] and row["error"]["kind"] for row in rows] == [None, "engine_error"]
+
+
+def test_nothing_is_begun_once_the_run_is_being_stopped(tmp_path, fake_workers):
+    job, workers = make_job(tmp_path), fake_workers()
+
+    async def go() -> SliceDone | SliceDropped:
+        runner, admission = await start(job, workers)
+        await admission.stop()
+        return await runner.run(make_slice(0, "x"))
+
+    assert asyncio.run(go()) == SliceDropped("a", 0)
+    assert workers.asked() == []
+
+
+def test_a_slice_published_by_a_worker_that_died_right_after_is_found_and_not_computed_again(tmp_path, fake_workers):
+    job, workers = make_job(tmp_path), fake_workers()
+    (event,) = run_slices(job, workers, make_slice(0, "x"))
+
+    async def go() -> SliceDone | SliceDropped:
+        runner, admission = await start(job, workers)
+        await admission.begin(("a", 0), "w")  # the attempt that died
+        return await runner.run(make_slice(0, "x"))
+
+    again = asyncio.run(go())
+    assert isinstance(event, SliceDone) and isinstance(again, SliceDone)
+    assert not again.is_new and again.path == event.path
+    assert workers.asked() == ["a/0"]
+
+
+def test_rows_that_killed_their_worker_are_error_rows_and_suspects_are_tried_alone(tmp_path, fake_workers):
+    job, workers = make_job(tmp_path), fake_workers()
+
+    async def go() -> SliceDone | SliceDropped:
+        runner, admission = await start(job, workers)
+        for rows in (frozenset(), frozenset(), frozenset({0, 1}), frozenset({1})):  # four attempts that died
+            await admission.begin(("a", 0), "w")
+            await admission.try_rows(("a", 0), rows)
+        return await runner.run(make_slice(0, "x", "KILL", "y", "z"))
+
+    rows, (times,) = read(job, asyncio.run(go()))
+    assert [row["error"] and row["error"]["kind"] for row in rows] == [None, "engine_error", None, None]
+    assert times.attempts == 5
+
+
+def test_a_slice_whose_worker_dies_again_and_again_is_given_up_with_error_rows(tmp_path, fake_workers):
+    job, workers = make_job(tmp_path), fake_workers()
+
+    async def go() -> SliceDone | SliceDropped:
+        runner, admission = await start(job, workers)
+        for _ in range(10):
+            await admission.begin(("a", 0), "w")
+        return await runner.run(make_slice(0, "x", "y"))
+
+    rows, _ = read(job, asyncio.run(go()))
+    assert ["died 10 times" in row["error"]["message"] for row in rows] == [True, True]
+    assert workers.asked() == []

@@ -1,0 +1,105 @@
+"""A worker that answers at once, from the prompt alone, writes down what it was asked, and breaks or dies on demand.
+
+It has EngineWorker's interface. Its module is pickled by value, so Ray's processes need not find it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from actors.config import EngineConfig
+from actors.requests import Completion, EngineError, Output, Request, Usage
+
+FIRST_CHARACTER = 30
+"""The test tokenizer's token ids are ASCII codes less this."""
+
+
+@dataclass(slots=True)
+class FakeStats:
+    load_s: float = 0.0
+    busy_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    peak_pages: int = 3
+    device: str = "cpu"
+    notes: tuple[str, ...] = ("fake",)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeWorkers:
+    """Makes workers. `log` gets a line `pid row-id` per request that enters an engine.
+
+    A prompt with BREAK in it breaks the engine, one with KILL kills the process; `load_s` and `delay_s` are waited.
+    """
+
+    log: Path
+    delay_s: float = 0.0
+    load_s: float = 0.0
+
+    def __call__(self, config: EngineConfig) -> FakeWorker:
+        return FakeWorker(self)
+
+    def asked(self) -> list[str]:
+        """Row ids in the order of asking, over all processes."""
+        return [line.split()[1] for line in self.lines()]
+
+    def pids(self) -> list[int]:
+        return list(dict.fromkeys(int(line.split()[0]) for line in self.lines()))
+
+    def lines(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@dataclass(slots=True)
+class FakeWorker:
+    settings: FakeWorkers
+    is_broken: bool = False
+    stats_: FakeStats = field(default_factory=FakeStats)
+
+    def __post_init__(self) -> None:
+        started = time.perf_counter()
+        time.sleep(self.settings.load_s)
+        self.stats_.load_s = time.perf_counter() - started
+
+    async def generate(self, requests: list[Request]) -> list[Completion]:
+        with self.settings.log.open("a") as log:
+            log.write("".join(f"{os.getpid()} {request.request_id}\n" for request in requests))
+        await asyncio.sleep(self.settings.delay_s)
+        texts = [prompt_of(request) for request in requests]
+        if any("KILL" in text for text in texts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.is_broken |= any("BREAK" in text for text in texts)
+        if self.is_broken:
+            raise EngineError("the fake engine is broken")
+        return [self._answer(request) for request in requests]
+
+    def stats(self) -> FakeStats:
+        return FakeStats(**{name: getattr(self.stats_, name) for name in FakeStats.__slots__})
+
+    def close(self) -> None:
+        self.is_broken = True
+
+    def _answer(self, request: Request) -> Completion:
+        num_tokens, seconds = len(request.prompt_token_ids), 1e-6
+        self.stats_.busy_s += seconds
+        self.stats_.decode_s += seconds
+        usage = Usage(prompt_tokens=num_tokens, completion_tokens=5, device_seconds=seconds, time_to_first_token_s=0.1)
+        outputs = [
+            Output(i, f"{answer_to(prompt_of(request))}{f' {i}' if i else ''}", [1, 2, 3, 4, 5], "stop", -0.5)
+            for i in range(request.sampling.n)
+        ]
+        return Completion(request.request_id, outputs, usage)
+
+
+def prompt_of(request: Request) -> str:
+    return "".join(chr(token + FIRST_CHARACTER) for token in request.prompt_token_ids)
+
+
+def answer_to(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:12]
