@@ -28,7 +28,7 @@ from kernels.sampling import SampleResult, SamplingBatch
 class Linear(Protocol):
     """A prepared linear layer: x [T, K] to y [T, N] in x's dtype."""
 
-    def __call__(self, x_TK: Tensor) -> Tensor: ...
+    def __call__(self, x_TK: Tensor, /) -> Tensor: ...
 
     def describe(self) -> str:
         """How the layer computes, for the run's summary."""

@@ -362,12 +362,12 @@ def paged_attention_triton(
             HEADS_PER_KV=num_heads // num_kv_heads,
             ROWS=rows,
             PAGE=batch.page_size,
-            KEYS=KEYS_PER_TILE if block <= 128 else KEYS_PER_TILE // 2,
+            KEYS=keys_per_tile(rows, block, q_TND.device),
             BLOCK=block,
             PADDED=block != head_dim,
             WINDOWED=window is not None,
             STAGES=3 if block <= 128 else 2,
-            num_warps=4,
+            num_warps=8 if rows == LARGE_ROWS and block > 128 else 4,
         )
     if plan.num_slots:
         heads = max(1, min(1 << (num_heads - 1).bit_length(), MERGE_ELEMENTS // block))
@@ -385,6 +385,20 @@ def paged_attention_triton(
             num_warps=4,
         )
     return out_TND
+
+
+def keys_per_tile(rows: int, block: int, device: torch.device) -> int:
+    """How many keys a program takes at once: half as many where their scores and values would not fit the registers.
+
+    That is above 128 dimensions; and, found by compiling for sm_80, for large tiles of 128 before Hopper.
+    """
+    is_tight = block > 128 or (rows == LARGE_ROWS and block == 128 and not is_hopper(device))
+    return KEYS_PER_TILE // 2 if is_tight else KEYS_PER_TILE
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.0 or later, whose matrix instructions read from shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def check_attention(
