@@ -25,6 +25,9 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+# When the driver leaves while a dataset is still running, Ray Data's threads must not start another Ray for themselves.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, TaskPoolStrategy
@@ -40,7 +43,7 @@ from pipeline.slice_runner import RunSpec, SliceRunner, found_slice, max_actors
 from pipeline.slices import SliceName, complete_set
 from pipeline.storage import StorageError
 
-MAX_MERGES = 4
+MAX_MERGES = 8
 MAX_INIT_DEATHS = 3
 TICK_S = 0.5
 GATE_TIMEOUT_S = 30
@@ -197,6 +200,7 @@ class Graph:
         self._gate: Any = None
         self._worker_ends: list[WorkerEnd] | None = None
         self._is_generating = False
+        self._max_merges = max(1, min(MAX_MERGES, int(ray.cluster_resources().get("CPU", 1)) // 2))
         self.usd_per_device_hour = 0.0
 
     def events(self) -> Iterator[Event]:
@@ -294,7 +298,7 @@ class Graph:
                 del self._paths[event.shard]
 
     def _start_merges(self) -> None:
-        while self._ready and len(self._merging) < MAX_MERGES:
+        while self._ready and len(self._merging) < self._max_merges:
             shard, paths = self._ready.popleft()
             self._merging[merge_task.remote(self._spec_ref, shard, paths)] = shard
 
@@ -383,6 +387,8 @@ def start_ray() -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # On few cores Ray ends every task's process that idles for a second, and each new one imports for seconds.
+    os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "600000")
     # Below fatal, Ray warns about every pool that its actors cannot be restarted should their arguments be lost.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -25,9 +25,9 @@ def ray_cluster() -> Iterator[None]:
     import ray
     from ray import cloudpickle
 
-    ray.init(
-        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", object_store_memory=200 * 2**20
-    )
+    from pipeline.graph import start_ray
+
+    start_ray()
     cloudpickle.register_pickle_by_value(fake_worker)
     yield
     ray.shutdown()
@@ -119,11 +119,3 @@ def write_job(tmp_path: Path, small_model: Path) -> Callable[..., Path]:
 @pytest.fixture
 def remove_output(tmp_path: Path) -> Callable[[], None]:
     return lambda: shutil.rmtree(tmp_path / "out", ignore_errors=True)
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Tests import helpers of the folder `support`; Ray's own environment is set before Ray is imported."""
-    import os
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
