@@ -7,6 +7,7 @@ holds it calls it from one thread (`actors.worker` does). Knows no Ray, no files
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -133,7 +134,10 @@ class Engine:
         self.scheduler.commit(plan)
         finished = [sequence for token in tokens if (sequence := self._take(token)).finish_reason is not None]
         for sequence in finished:
-            self.scheduler.finish(sequence)
+            if sequence.finish_reason == "error":
+                self._runner.clear_pages(self.scheduler.discard(sequence))
+            else:
+                self.scheduler.finish(sequence)
         # Text before the clock is read: decoding it is part of what the step cost.
         done = [row for sequence in finished if (row := self._close(sequence)) is not None]
         self._charge(plan, weights, time.perf_counter_ns() - started)
@@ -178,6 +182,9 @@ class Engine:
         """Append a sampled token to its sequence and judge whether it ends there."""
         sequence = sampled.sequence
         sequence.append(sampled.token_id, sampled.logprob)
+        if not math.isfinite(sampled.logprob):
+            sequence.finish_reason = "error"
+            return sequence
         if sequence.logprobs is not None:
             top = sampled.top[: sequence.request.sampling.logprobs]
             sequence.logprobs.append(
@@ -211,6 +218,12 @@ class Engine:
             num_preemptions=sum(s.num_preemptions for s in row.sequences),
         )
         self.stats.num_preemptions += usage.num_preemptions
+        if any(sequence.finish_reason == "error" for sequence in row.sequences):
+            message = (
+                f"the model's logits are not finite in {_name(self.dtype)}; if that happens to many rows, "
+                "set engine.dtype to bfloat16 or float32"
+            )
+            return Completion(row.request.request_id, usage=usage, error=RowError("not_finite", message))
         return Completion(row.request.request_id, [_output_of(s) for s in row.sequences], usage)
 
     def _charge(self, plan: StepPlan, weights: list[float], step_ns: int) -> None:
@@ -272,6 +285,10 @@ def resolve_dtype(name: str, checkpoint_dtype: torch.dtype, device: torch.device
     if device.type == "cpu":
         return fastest_cpu_dtype()
     return torch.bfloat16 if checkpoint_dtype == torch.float32 else checkpoint_dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _output_of(sequence: Sequence) -> Output:

@@ -116,6 +116,12 @@ class Runner:
             ]
         return [SampledToken(*row) for row in zip(sequences, token_ids, logprobs, tops)]
 
+    def clear_pages(self, pages: list[int]) -> None:
+        """Zero pages. Slots that are not valid yet are masked in attention, but NaN times a weight of 0 is NaN."""
+        for k_pages, v_pages in self._kv:
+            k_pages[pages] = 0
+            v_pages[pages] = 0
+
     def _copy_slots(self, source: int, target: int, num_tokens: int) -> None:
         for k_pages, v_pages in self._kv:
             k_pages[target, :, :num_tokens] = k_pages[source, :, :num_tokens]

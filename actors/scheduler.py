@@ -113,6 +113,14 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._give_back(sequence)
 
+    def discard(self, sequence: Sequence) -> list[int]:
+        """Take out a running sequence whose own pages hold rubbish, so that nobody finds them in the prefix tree;
+        returns the pages that become free by this, to be cleared before anybody writes a part of one."""
+        nodes = sequence.nodes
+        sequence.num_computed = sequence.num_shared * self._page_size
+        self.finish(sequence)
+        return [node.page for node in nodes if not node.in_tree and node.num_refs == 0]
+
     def _ensure_pages(self, sequence: Sequence) -> bool:
         """Make room for all known tokens of a sequence, preempting later ones; False if it was preempted itself."""
         num_missing = -(-len(sequence.token_ids) // self._page_size) - len(sequence.nodes)

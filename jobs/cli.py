@@ -88,11 +88,14 @@ def demo_command(
 
 
 @app.command("bench")
-def bench_command(name: Annotated[str, typer.Argument(help="Which: engine or pipeline.")]) -> None:
+def bench_command(
+    name: Annotated[str, typer.Argument(help="Which: engine or pipeline.")],
+    keep: Annotated[str | None, typer.Option(help="Folder in which the JSON is kept too.")] = None,
+) -> None:
     """Measure against a baseline in the same command; the last line is JSON."""
     from jobs.bench import bench
 
-    raise typer.Exit(bench(name))
+    raise typer.Exit(bench(name, keep))
 
 
 @app.command("train-demo")

@@ -3,13 +3,13 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.requests import Request, SamplingParams
-from kernels.sampling import gumbel_noise
 
 VOCAB = 97
 
@@ -51,6 +51,19 @@ def make_prompts(seed, count, shared=0):
     rng = random.Random(seed)
     prefix = [rng.randrange(2, VOCAB) for _ in range(shared)]
     return [prefix + [rng.randrange(2, VOCAB) for _ in range(rng.randint(1, 30))] for _ in range(count)]
+
+
+def keyed_noise(seed, position):
+    """Candidate j takes lane j % 4 of Philox-4x32-10 at counter (j // 4, position, 0, 0) under the key of the seed."""
+    noise = []
+    for block in range(-(-VOCAB // 4)):
+        c, k = [block, position, 0, 0], [seed & 0xFFFFFFFF, seed >> 32]
+        for _ in range(10):
+            low, high = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+            c = [(high >> 32) ^ c[1] ^ k[0], high & 0xFFFFFFFF, (low >> 32) ^ c[3] ^ k[1], low & 0xFFFFFFFF]
+            k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+        noise += [-math.log(-math.log1p(-(bits + 0.5) / 2**32)) for bits in c]
+    return np.array(noise[:VOCAB], np.float32)
 
 
 def greedy(**settings):
@@ -141,8 +154,8 @@ def test_sampling_is_the_argmax_of_logits_plus_keyed_noise(engine, model_zoo, ti
     for _ in range(8):
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0, -1].numpy()
-        candidates = torch.arange(VOCAB).numpy()
-        tokens.append(int((logits / 0.7 + gumbel_noise(seed, len(tokens), candidates)).argmax()))
+        noise = keyed_noise(seed, position=len(tokens))
+        tokens.append(int((logits / 0.7 + noise).argmax()))
     assert done[0].outputs[0].token_ids == tokens[len(prompt) :]
 
 
@@ -276,3 +289,32 @@ def test_a_missing_device_is_a_clear_error(tiny_llama):
         pytest.skip("this machine has the device")
     with pytest.raises(ValueError, match=r"engine\.device is 'cuda'"):
         Engine(EngineConfig(model=str(tiny_llama), device="cuda"))
+
+
+def test_a_row_whose_logits_are_not_finite_is_an_error_and_leaves_nothing_behind(make_engine, naive):
+    engine = make_engine(num_pages=20)
+    prompts = make_prompts(12, 6, shared=9)
+    forward = engine.decoder.forward
+    met = {token for prompt in prompts for token in [prompt[-1], *naive(prompt, 12)]}
+    poison = next(token for token in range(2, VOCAB) if token not in met)
+
+    @torch.inference_mode()
+    def overflow(token_ids, positions, slots, kv, batch, last_rows):
+        logits = forward(token_ids, positions, slots, kv, batch, last_rows)
+        for row, last in enumerate(last_rows.tolist()):
+            if token_ids[last] == poison:  # as if this token made the row overflow
+                logits[row] = float("nan")
+                for k_pages, v_pages in kv:
+                    k_pages[slots[last] // 8, :, slots[last] % 8] = float("nan")
+                    v_pages[slots[last] // 8, :, slots[last] % 8] = float("nan")
+        return logits
+
+    engine.decoder.forward = overflow
+    completions = engine.generate([*prompts[:3], [4, 5, poison], *prompts[3:]] * 3, greedy())
+    kinds = [c.error.kind if c.error else None for c in completions]
+    answers = [c.outputs[0].token_ids for c in completions if not c.error]
+    assert kinds[3::7] == ["not_finite"] * 3
+    assert "not_finite" not in kinds[:3] + kinds[4:7]
+    assert answers == [naive(prompt, 12) for prompt in prompts] * 3
+    assert engine.scheduler.tree.num_available == engine.scheduler.pool.num_pages
+    assert not any(k.isnan().any() or v.isnan().any() for k, v in engine._runner._kv)
