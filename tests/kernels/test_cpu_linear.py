@@ -1,0 +1,76 @@
+"""Linear layers on a CPU: every form gives the product, and the choice is what was measured."""
+
+import pytest
+import torch
+
+import kernels.cpu_linear as cpu_linear
+from kernels.cpu_linear import prepare_cpu_linear
+from kernels.int4_linear import QuantizedWeight, dequantize
+
+
+def make_weight(num_out=48, num_in=128, group=32, asymmetric=False, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return QuantizedWeight(
+        q_NK=torch.randint(0, 16, (num_out, num_in), dtype=torch.uint8, generator=generator),
+        scale_NG=torch.rand(num_out, num_in // group, generator=generator) * 0.05 + 0.01,
+        group_size=group,
+        zero_NG=torch.randint(4, 12, (num_out, num_in // group), dtype=torch.uint8, generator=generator)
+        if asymmetric
+        else None,
+    )
+
+
+@pytest.mark.parametrize("form", ["plain", "packed", "upcast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [1, 5, 67])
+def test_every_dense_form_gives_the_product(form, dtype, num_tokens):
+    torch.manual_seed(num_tokens)
+    weight, x = torch.randn(33, 70).to(dtype), torch.randn(num_tokens, 70).to(dtype)
+    bias = torch.randn(33).to(dtype)
+    expected = x.double() @ weight.double().T + bias.double()
+    actual = cpu_linear._dense_product(weight, form)(x, bias)
+    assert actual.dtype == dtype
+    # Twice the rounding of the result, scaled by the worst column.
+    tolerance = 2 * torch.finfo(dtype).eps * expected.abs().amax() + (1e-5 if dtype == torch.float32 else 0)
+    assert (actual.double() - expected).abs().amax() <= tolerance
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_the_packed_int4_product_is_that_of_the_dequantised_weight(group, asymmetric):
+    torch.manual_seed(group)
+    weight = make_weight(group=group, asymmetric=asymmetric)
+    bias = torch.randn(48).bfloat16()
+    x = torch.randn(7, 128).bfloat16()
+    expected = x.double() @ dequantize(weight).double().T + bias.double()
+    linear = prepare_cpu_linear(weight, bias, dtype=torch.bfloat16, compute="int4")
+    worst_int4 = (linear(x).double() - expected).abs().amax(0).max()
+    # torch's dense product rounds twice too: once before the bias and once after.
+    in_torch = x @ dequantize(weight).bfloat16().T + bias
+    worst_in_torch = (in_torch.double() - expected).abs().amax(0).max()
+    assert worst_int4 <= 2 * worst_in_torch
+    assert "int4" in linear.describe()
+
+
+def test_auto_takes_int4_up_to_the_measured_number_of_tokens_and_says_so(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "_choose", lambda *_: cpu_linear.CpuLinearChoice("plain", 4))
+    linear = prepare_cpu_linear(make_weight(), None, dtype=torch.bfloat16)
+    calls = []
+    linear._int4 = lambda x, bias: calls.append(("int4", len(x)))
+    linear._dense = lambda x, bias: calls.append(("dense", len(x)))
+    for num_tokens in (1, 4, 5):
+        linear(torch.zeros(num_tokens, 128).bfloat16())
+    assert calls == [("int4", 1), ("int4", 4), ("dense", 5)]
+    assert "up to 4 tokens" in linear.describe()
+
+
+def test_without_memory_for_a_copy_only_int4_is_kept(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "available_memory_bytes", lambda: 1000)
+    linear = prepare_cpu_linear(make_weight(), None, dtype=torch.bfloat16)
+    assert linear._dense is None
+    assert "too little memory" in linear.describe()
+
+
+def test_a_shape_that_the_int4_product_does_not_take_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"\[40, 128\].*linear_compute"):
+        prepare_cpu_linear(make_weight(num_out=40), None, dtype=torch.bfloat16, compute="int4")
