@@ -33,8 +33,8 @@ from kernels.on_demand import triton_kernel
 if TYPE_CHECKING:
     import triton.language as tl
 
-GREEDY_TEMPERATURE = 1e-5
-"""Rows below this temperature take the largest logit; as in vLLM."""
+GREEDY_TEMPERATURE = float(np.float32(1e-5))
+"""Rows below this temperature take the largest logit, as in vLLM. Rounded to float32, as the temperatures are."""
 
 NOISE_SPAN = 26.0
 """Above the difference of the largest and the smallest noise, 22.874 + 2.812."""
@@ -42,15 +42,17 @@ NOISE_SPAN = 26.0
 NOISE_MIN = -2.82
 """Below the smallest noise, -2.812."""
 
-DRAW_CANDIDATES = 1 << 18
-"""The CPU draws for so many candidates at once: 8 MB of random words."""
+DRAW_CANDIDATES = 1 << 14
+"""The CPU draws for so many candidates at once, or for one row: enough to hide calls, and within its cache."""
 
 PHILOX_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 PHILOX_WEYL = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
 _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
+_ZERO = np.uint64(0)
 
 FloatArray = NDArray[np.float32]
+Words = NDArray[np.uint64] | np.uint64
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,17 +343,17 @@ def sample_cpu(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
     check_sampling(logits_BV, batch)
     raw_BV = logits_BV.numpy()
     changed = penalise_rows(raw_BV, batch)
-    temperatures = batch.temperature_B.numpy()
+    filters = zip(*(x.tolist() for x in (batch.temperature_B, batch.top_k_B, batch.top_p_B, batch.min_p_B)))
     tokens = np.zeros(len(raw_BV), np.int64)
     log_sums = np.empty(len(raw_BV), np.float32)
     drawn: list[Candidates] = []
-    for row, raw in enumerate(raw_BV):
+    for row, (raw, (temperature, top_k, top_p, min_p)) in enumerate(zip(raw_BV, filters)):
         top = int(raw.argmax())
         log_sums[row] = log_sum_exp(raw, raw[top])
         logits = changed.get(row, raw)
         tokens[row] = top if logits is raw else int(logits.argmax())
-        if temperatures[row] >= GREEDY_TEMPERATURE and np.isfinite(logits[tokens[row]]):
-            drawn.append(likely_candidates(logits, row, batch))
+        if temperature >= GREEDY_TEMPERATURE and np.isfinite(logits[tokens[row]]):
+            drawn.append(Candidates(row, *likely_candidates(logits, temperature, top_k, top_p, min_p)))
     draw(drawn, batch, tokens)
     tokens_B, log_sums_B = torch.from_numpy(tokens), torch.from_numpy(log_sums)
     logprobs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - log_sums_B
@@ -399,7 +401,7 @@ class Candidates:
     ids: NDArray[np.int64]
     scaled: FloatArray
 
-    def could_win(self, bits: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    def could_win(self, bits: NDArray[np.uint32]) -> NDArray[np.bool_]:
         """Which candidates have noise large enough to beat the best candidate with the smallest noise.
 
         Their score is at most scaled - log(v), as E >= v, and the best one's at least its scaled value + NOISE_MIN.
@@ -410,11 +412,12 @@ class Candidates:
             return bits <= np.exp(self.scaled - (best + np.float32(NOISE_MIN) - slack)) * np.float32(2.0**32)
 
 
-def likely_candidates(logits: FloatArray, row: int, batch: SamplingBatch) -> Candidates:
-    """Apply temperature, min_p, top_k, top_p, and drop what no noise can lift above the best."""
-    scaled = logits / batch.temperature_B.numpy()[row]
+def likely_candidates(
+    logits: FloatArray, temperature: float, top_k: int, top_p: float, min_p: float
+) -> tuple[NDArray[np.int64], FloatArray]:
+    """Apply temperature, min_p, top_k, top_p, and drop what no noise can lift above the best: ids, scaled logits."""
+    scaled = logits / np.float32(temperature)
     best = scaled.max()
-    top_k, top_p, min_p = int(batch.top_k_B[row]), float(batch.top_p_B[row]), float(batch.min_p_B[row])
     kept_from = -np.float32(np.inf)
     if min_p > 0:
         kept_from = best + np.float32(np.log(min_p))
@@ -424,7 +427,7 @@ def likely_candidates(logits: FloatArray, row: int, batch: SamplingBatch) -> Can
         kept_from = max(kept_from, top_p_threshold(scaled[scaled >= kept_from], top_p))
     can_win_from = best - np.float32(NOISE_SPAN) - abs(best) * np.float32(2.0**-22)
     ids = np.flatnonzero(scaled >= max(kept_from, can_win_from))
-    return Candidates(row, ids, scaled[ids])
+    return ids, scaled[ids]
 
 
 def top_p_threshold(x: FloatArray, top_p: float) -> np.float32:
@@ -437,6 +440,7 @@ def top_p_threshold(x: FloatArray, top_p: float) -> np.float32:
 
 def draw(drawn: list[Candidates], batch: SamplingBatch, tokens: NDArray[np.int64]) -> None:
     """Write the winners of rows into `tokens`, at most DRAW_CANDIDATES (or one row) at a time."""
+    seeds, positions = batch.seed_B.tolist(), batch.position_B.tolist()
     start = 0
     while start < len(drawn):
         stop, num_candidates = start + 1, len(drawn[start].ids)
@@ -444,7 +448,7 @@ def draw(drawn: list[Candidates], batch: SamplingBatch, tokens: NDArray[np.int64
             num_candidates += len(drawn[stop].ids)
             stop += 1
         rows = drawn[start:stop]
-        bits = noise_bits([(int(batch.seed_B[c.row]), int(batch.position_B[c.row]), c.ids) for c in rows])
+        bits = noise_bits([(seeds[c.row], positions[c.row], c.ids) for c in rows])
         for candidates, row_bits in zip(rows, bits):
             live = np.flatnonzero(candidates.could_win(row_bits))
             scores = candidates.scaled[live] + gumbel_of_bits(row_bits[live])
@@ -452,35 +456,54 @@ def draw(drawn: list[Candidates], batch: SamplingBatch, tokens: NDArray[np.int64
         start = stop
 
 
-def noise_bits(rows: list[tuple[int, int, NDArray[np.int64]]]) -> list[NDArray[np.uint64]]:
+def noise_bits(rows: list[tuple[int, int, NDArray[np.int64]]]) -> list[NDArray[np.uint32]]:
     """The 32 random bits of each candidate, for rows of (seed, position, ascending candidates)."""
-    lengths = [len(ids) for _, _, ids in rows]
-    ids = np.concatenate([ids for _, _, ids in rows])
-    row = np.repeat(np.arange(len(rows)), lengths)
-    # Four candidates share a counter; neighbours among the candidates mostly do.
-    is_new = np.ones(len(ids), bool)
-    is_new[1:] = ((ids[1:] >> 2) != (ids[:-1] >> 2)) | (row[1:] != row[:-1])
-    counter = np.zeros((4, int(is_new.sum())), np.uint64)
-    row_of_counter = row[is_new]
-    seeds, positions = (np.array([r[i] for r in rows], np.uint64)[row_of_counter] for i in range(2))
-    counter[0], counter[1] = ids[is_new] >> 2, positions
-    words = philox_4x32(counter, (seeds & _LOW, seeds >> _HALF))
-    return np.split(words[ids & 3, np.cumsum(is_new) - 1], np.cumsum(lengths)[:-1])
+    blocks, places, seeds, positions = [], [], [], []
+    for seed, position, ids in rows:
+        first, last = int(ids[0]) >> 2, int(ids[-1]) >> 2
+        if len(ids) > last - first:  # dense: four candidates share a counter
+            blocks.append(np.arange(first, last + 1, dtype=np.uint64))
+            places.append(ids - 4 * first)
+        else:
+            blocks.append((ids >> 2).astype(np.uint64))
+            places.append((ids & 3) + 4 * np.arange(len(ids)))
+        seeds.append(seed)
+        positions.append(position)
+    lengths = [len(row) for row in blocks]
+    # One row's key stays a scalar, which spares the passes over arrays of keys.
+    seed_of, position_of = (
+        np.repeat(np.array(x, np.uint64), lengths) if len(rows) > 1 else np.uint64(x[0]) for x in (seeds, positions)
+    )
+    words = philox_4x32(np.concatenate(blocks), position_of, (seed_of & _LOW, seed_of >> _HALF))
+    ends = np.cumsum(lengths)
+    return [words[end - n : end].ravel()[place] for end, n, place in zip(ends, lengths, places)]
 
 
-def philox_4x32(counter: NDArray[np.uint64], key: tuple[NDArray[np.uint64], NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Philox-4x32-10 of uint64 [4, n] counters under uint64 [n] keys, all below 2^32; the same shape and range."""
-    c0, c1, c2, c3 = counter
+def philox_4x32(
+    c0: Words, c1: Words, key: tuple[Words, Words], c2: Words = _ZERO, c3: Words = _ZERO
+) -> NDArray[np.uint32]:
+    """Philox-4x32-10 of n counters (c0, c1, c2, c3) as uint32 [n, 4].
+
+    Arguments are uint64 below 2^32, arrays [n] or scalars; c0 must be an array.
+    """
+    c1, c2, c3 = (np.broadcast_to(c, c0.shape) for c in (c1, c2, c3))
     key0, key1 = key
-    for _ in range(10):
+    for i in range(10):
+        if i > 0:
+            key0, key1 = (key0 + PHILOX_WEYL[0]) & _LOW, (key1 + PHILOX_WEYL[1]) & _LOW
         product0, product1 = c0 * PHILOX_MULTIPLIERS[0], c2 * PHILOX_MULTIPLIERS[1]
-        c0, c2 = (product1 >> _HALF) ^ c1 ^ key0, (product0 >> _HALF) ^ c3 ^ key1
-        c1, c3 = product1 & _LOW, product0 & _LOW
-        key0, key1 = (key0 + PHILOX_WEYL[0]) & _LOW, (key1 + PHILOX_WEYL[1]) & _LOW
-    return np.stack((c0, c1, c2, c3))
+        c0, c2 = product1 >> _HALF, product0 >> _HALF
+        c0 ^= c1
+        c0 ^= key0
+        c2 ^= c3
+        c2 ^= key1
+        product0 &= _LOW
+        product1 &= _LOW
+        c1, c3 = product1, product0
+    return np.stack((c0, c1, c2, c3), axis=1).astype(np.uint32)
 
 
-def gumbel_of_bits(bits: NDArray[np.uint64]) -> FloatArray:
+def gumbel_of_bits(bits: NDArray[np.uint32]) -> FloatArray:
     """Uniform 32-bit words to standard Gumbel noise, in float32."""
     v = (bits.astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-32)
     v = np.minimum(v, np.float32(1 - 2.0**-24))

@@ -1,8 +1,8 @@
 """Compiles every kernel ahead of time, as its launcher would launch it, for GPUs that need not be here.
 
 `python compile_kernels.py all 80` (`first` instead of `all`: one launch of each kernel) prints a JSON object per
-compiled launch: registers, shared memory, and how many matrix instructions and accesses of spilled registers the
-machine code holds. Run by test_compiled_kernels.py in a process of its own, where Triton is not in its interpreter's mode.
+compiled launch: registers, shared memory, and how many matrix instructions and accesses of spilled registers its
+code holds. Run by test_compiled_kernels.py in a process of its own, where Triton is not in its interpreter's mode.
 """
 
 import json

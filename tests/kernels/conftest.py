@@ -34,6 +34,7 @@ def import_interpreted_triton() -> None:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = previous
+    triton.knobs.propagate_env = False  # or the next line would set the variable again
     triton.knobs.runtime.interpret = True
     teach_interpreter_bf16(triton.runtime.interpreter, triton.language)
 
