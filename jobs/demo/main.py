@@ -29,7 +29,7 @@ class Score:
 
 
 def demo(rows: int = 2000, output: str = "demo-output") -> int:
-    """Run the demo in the folder `output` and return the run's exit code; run again, it finds its work done."""
+    """Run the demo in the folder `output` and return the run's exit code; a second time it finds its work done."""
     from jobs.run import run
 
     folder = Path(output)
@@ -37,7 +37,9 @@ def demo(rows: int = 2000, output: str = "demo-output") -> int:
     job = folder / JOB_FILE.name
     shutil.copyfile(JOB_FILE, job)
     console = Console()
-    console.print(f"{rows:,} support tickets in {len(shards)} shards: {folder / 'corpus'}; the job: {job}")
+    console.print(
+        f"{rows:,} support tickets in {len(shards)} shards of {folder / 'corpus'}; the job: {job}", soft_wrap=True
+    )
     exit_code = run(str(job), [])
     if exit_code == 0:
         report(console, folder / "answers")
@@ -50,11 +52,11 @@ def report(console: Console, answers: Path) -> None:
     console.print(
         f"[bold]accuracy {score.num_same_json / score.num_gold:.1%}[/bold]: {score.num_same_json:,} of "
         f"{score.num_gold:,} answers are the gold JSON ({score.num_same_text:,} to the letter); "
-        f"{score.num_errors:,} rows without a ticket became error rows"
+        f"{score.num_errors:,} rows became error rows",
+        soft_wrap=True,
     )
-    console.print(
-        f"answers: {answers / 'results'}, cost per shard: {answers / 'metrics'} (the bill is the table above)"
-    )
+    console.print(f"answers: {answers / 'results'}", soft_wrap=True)
+    console.print(f"the bill, shard by shard: {answers / 'metrics'} (the table above is its sum)", soft_wrap=True)
 
 
 def score_answers(results: list[Path]) -> Score:

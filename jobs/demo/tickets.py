@@ -296,7 +296,7 @@ def make_ticket(rng: random.Random) -> Ticket:
 
 def make_tickets(num_tickets: int, seed: int) -> list[Ticket]:
     """`num_tickets` independent tickets; a longer list starts with the shorter one."""
-    rng = random.Random(f"tickets {seed}")  # noqa: S311 - synthetic text, no secret
+    rng = random.Random(f"tickets {seed}")
     return [make_ticket(rng) for _ in range(num_tickets)]
 
 
@@ -413,7 +413,7 @@ def write_corpus(directory: Path, num_rows: int, num_shards: int = 4, seed: int 
     (its gold is null): so that deduplication and error rows have something to show. A shard that is there already
     is left alone, so that a run over it finds its work done; other tickets-*.parquet are removed.
     """
-    rows = _corpus_rows(num_rows, random.Random(f"corpus {seed}"))  # noqa: S311 - synthetic text, no secret
+    rows = _corpus_rows(num_rows, random.Random(f"corpus {seed}"))
     num_shards = min(num_shards, num_rows)
     directory.mkdir(parents=True, exist_ok=True)
     schema = pa.schema([("id", pa.string()), ("ticket", pa.string()), ("gold", pa.string())])

@@ -148,7 +148,7 @@ def make_batch(rows: Sequence[tuple[list[int], list[int]]], pad_id: int) -> Batc
 
 def stream_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, batches_per_pool: int = 32) -> Iterator[Batch]:
     """Batches without end. Within a pool tickets are sorted by length, so that little is padding."""
-    rng = random.Random(recipe.seed)  # noqa: S311 - order of batches, no secret
+    rng = random.Random(recipe.seed)
     for pool in range(10**9):
         tickets = make_tickets(recipe.tickets_per_step * batches_per_pool, seed=recipe.seed * 10**6 + pool)
         rows = sorted(encode_tickets(tokenizer, tickets), key=lambda row: len(row[0]) + len(row[1]))
