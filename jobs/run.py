@@ -75,7 +75,7 @@ def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[Engine
     asked, FingerprintMismatch an output of another job; nothing has been computed then.
     """
     console = new_console()
-    job = load_job(job_path, overrides).resolve(_named_models())
+    job = load_job(job_path, overrides).resolve(named_models())
     check_model(job.model)
     Renderer(job, load_tokenizer(job.engine.tokenizer or job.model))  # a missing chat template shows here
     shards = list_shards(job)
@@ -285,7 +285,7 @@ def _describe_start(job: Job, shards: ShardList, todo: Sequence[Shard]) -> str:
     )
 
 
-def _named_models() -> dict[str, str]:
+def named_models() -> dict[str, str]:
     return {"demo": str(Path(__file__).parent / "demo" / "model")}
 
 
