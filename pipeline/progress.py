@@ -195,6 +195,7 @@ def bill_table(bill: Bill, place: str, in_progress: InProgress | None = None) ->
 
 
 def seconds(value: float) -> str:
+    value = max(0.0, value)  # a difference of equal sums can be -1e-12
     if value < 100:
         return f"{value:.1f} s"
     if value < 2 * SECONDS_PER_HOUR:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,43 @@ from fake_worker import FakeWorkers
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
-    """A local Ray for the whole session: starting one takes ten seconds."""
+def s3_environment() -> Iterator[dict[str, str]]:
+    """An S3 server on loopback, as the environment variables that lead to it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [Path(sys.executable).with_name("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while server.poll() is None and time.monotonic() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield {
+            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "hush-hush",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_environment: dict[str, str]) -> Iterator[None]:
+    """A local Ray for the whole session: starting one takes ten seconds. Its processes know the S3 server."""
     import ray
     from ray import cloudpickle
 
     from pipeline.graph import start_ray
 
-    start_ray()
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in s3_environment.items():
+            environment.setenv(name, value)
+        start_ray()
     cloudpickle.register_pickle_by_value(fake_worker)
     yield
     ray.shutdown()

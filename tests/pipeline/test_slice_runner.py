@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_worker import FIRST_CHARACTER, FakeWorkers, answer_to
+from fake_worker import FIRST_CHARACTER, FakeWorkers, LocalGate, answer_to
 
 from actors.requests import RowError
-from pipeline.admission import Admission, Attempt
+from pipeline.admission import Admission
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job, job_from_dict
 from pipeline.prefix_plan import PlannedRow, Slice
@@ -20,22 +20,6 @@ from pipeline.slices import SliceTimes, read_slices
 from pipeline.storage import Storage
 
 PRINT = "f" * 64
-
-
-class LocalGate:
-    """A worker's side of an Admission in the same process; can pretend that earlier attempts died."""
-
-    def __init__(self, admission: Admission) -> None:
-        self.admission = admission
-
-    async def begin(self, key: tuple[str, int]) -> Attempt:
-        return await self.admission.begin(key, "w")
-
-    async def try_rows(self, key: tuple[str, int], rows: frozenset[int]) -> None:
-        await self.admission.try_rows(key, rows)
-
-    async def finish(self, key: tuple[str, int], unanswered_s: float) -> None:
-        await self.admission.finish(key, "w", unanswered_s)
 
 
 def make_job(folder: Path) -> Job:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from actors.config import EngineConfig
 from actors.requests import Completion, EngineError, Output, Request, Usage
+from pipeline.admission import Admission, Attempt
 
 FIRST_CHARACTER = 30
 """The test tokenizer's token ids are ASCII codes less this."""
@@ -103,3 +104,19 @@ def prompt_of(request: Request) -> str:
 
 def answer_to(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:12]
+
+
+class LocalGate:
+    """A worker's side of an Admission in the same process."""
+
+    def __init__(self, admission: Admission) -> None:
+        self.admission = admission
+
+    async def begin(self, key: tuple[str, int]) -> Attempt:
+        return await self.admission.begin(key, "w")
+
+    async def try_rows(self, key: tuple[str, int], rows: frozenset[int]) -> None:
+        await self.admission.try_rows(key, rows)
+
+    async def finish(self, key: tuple[str, int], unanswered_s: float) -> None:
+        await self.admission.finish(key, "w", unanswered_s)
