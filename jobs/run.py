@@ -93,7 +93,7 @@ def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[Engine
     if todo:
         output.remove("_SUCCESS")
         stop = _answer(spec, todo, tally, record, console)
-    return _finish(output, job, shards, tally, record, stop, console)
+    return _finish(output, job, shards, tally, record, stop, console, had_work=bool(todo))
 
 
 def claim_output(output: Storage, job: Job) -> None:
@@ -202,6 +202,8 @@ def _finish(
     record: RunRecord,
     stop: Stop | None,
     console: Console,
+    *,
+    had_work: bool,
 ) -> int:
     """Write the run's record and, if all is done, _SUCCESS; print the bill and what is missing."""
     failed = dict(shards.bad) | tally.failed
@@ -209,7 +211,7 @@ def _finish(
     record.exit_code, record.outcome, record.finished_at = exit_code, reason, time.time()
     record.num_slices_computed, record.num_slices_found = tally.slices_done, tally.slices_found
     record.num_engine_rebuilds = tally.num_engine_rebuilds
-    if tally.slices_done or tally.shards_done:
+    if had_work:
         write_run(output, record)
     bill = read_bill(output)
     if exit_code == EXIT_DONE:
@@ -230,6 +232,7 @@ def _outcome(job: Job, tally: Tally, stop: Stop | None, failed: dict[str, str]) 
         return EXIT_ERRORS, _too_many_errors(job.limits, tally)
     if failed:
         return EXIT_USAGE, f"{len(failed)} of {tally.num_shards} shards could not be answered; the others are done"
+    assert tally.shards_done == tally.num_shards, f"{tally.shards_done} of {tally.num_shards} shards, and none failed"
     assert tally.rows_done == tally.rows_total, f"{tally.rows_done} of {tally.rows_total} rows, and nothing failed"
     return EXIT_DONE, "done"
 
@@ -261,6 +264,7 @@ def _start_tally(output: Storage, shards: ShardList, todo: Sequence[Shard], limi
         rows_total=sum(shard.num_rows for shard in shards.good),
         rows_done=sum(shard.num_rows for shard in published),
         num_shards=len(shards.good) + len(shards.bad),
+        shards_done=len(published),
     )
     if limits.max_error_fraction < 1.0 and published:
         names = {shard.name for shard in published}
