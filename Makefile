@@ -16,13 +16,15 @@ demo: setup
 	$(BIN)/shoal demo
 
 test: setup
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow"
 
 test-slow: setup
 	$(BIN)/pytest -m slow
 
+# On a CUDA machine the tests of kernels and engine run on the device instead of Triton's interpreter and the CPU.
 test-gpu: setup
-	$(BIN)/pytest -m gpu
+	$(BIN)/python -c "import torch; assert torch.cuda.is_available(), 'make test-gpu needs a CUDA device'"
+	$(BIN)/pytest tests/kernels tests/actors -m "not slow"
 
 check: setup
 	$(BIN)/ruff format --check .
