@@ -149,9 +149,13 @@ class Scheduler:
 
     def _admit(self, plan: StepPlan, budget: int) -> None:
         held_back: list[Sequence] = []
+        whole_budget = budget
         while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs and len(held_back) < MAX_HELD_BACK:
             sequence = self.waiting[0]
             match = self.tree.match(sequence.token_ids, len(sequence.token_ids) - 1)
+            num_left = len(sequence.token_ids) - len(match.nodes) * self._page_size - match.num_partial
+            if budget < num_left <= whole_budget:
+                break  # whole in the next step: a cut prompt costs a second pass over its first part
             if match.num_pending >= WORTH_WAITING_TOKENS:
                 held_back.append(self.waiting.popleft())
                 continue

@@ -33,7 +33,7 @@ class AttentionBatch:
     """The requests of one step, in the order of their query tokens.
 
     query_lens[b]: tokens of request b in this step (1 for decode, more for prefill or verification), at least 1.
-    context_lens[b]: its tokens in the cache once this step's are written, the last query_lens[b] of them being its queries.
+    context_lens[b]: its tokens in the cache once this step's are written; the last query_lens[b] are its queries.
     page_ids[b]: its pages in order; token i of the request is slot i % S of page page_ids[b][i // S].
     groups: disjoint, ascending by first_request, each of at least two requests; requests outside of any group
         attend alone. Purely an optimisation: the result is the same without.

@@ -68,7 +68,9 @@ class _Plan:
     chunks: list[_Chunks]
     contexts: list[_Context]
     rows: Tensor  # the query row of every partial result, in the order decode, chunks, contexts
-    needs_merge: bool
+    single: Tensor | None  # the results that are their row's only one; None: all are
+    several: Tensor  # the others
+    merged_rows: Tensor  # the query rows of those
 
 
 def paged_attention_cpu(
@@ -138,7 +140,13 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype) -> _Plan:
     rows.extend(chunk.rows for chunk in chunks)
     rows.extend(torch.arange(context.start, context.stop) for context in contexts)
     all_rows = torch.cat(rows)
-    return _Plan(decode, chunks, contexts, all_rows, needs_merge=len(all_rows) != batch.num_tokens)
+    if len(all_rows) == batch.num_tokens:  # each query has at least one part
+        return _Plan(decode, chunks, contexts, all_rows, None, all_rows[:0], all_rows[:0])
+    is_single = torch.bincount(all_rows, minlength=batch.num_tokens + 1)[all_rows] == 1
+    is_single &= all_rows < batch.num_tokens
+    single, several = is_single.nonzero().squeeze(1), (~is_single).nonzero().squeeze(1)
+    merged_rows = all_rows[several].unique()
+    return _Plan(decode, chunks, contexts, all_rows, single, several, merged_rows[merged_rows < batch.num_tokens])
 
 
 def _plan_decode(parts: list[tuple[int, int, int]], page_size: int, num_tokens: int, dtype: torch.dtype) -> _Decode:
@@ -242,20 +250,29 @@ def _attend_context(
 
 
 def _merge(plan: _Plan, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tensor) -> Tensor:
-    """Sum partial results per query row, each weighted by exp(lse - largest lse of the row)."""
+    """Put the result of every query row together: as it is where there is one part, else the sum of the parts, each
+    weighted by exp(its lse - the row's largest lse)."""
+    merged_TKGD = torch.empty_like(q_TKGD)
     output_XKGD = torch.cat([output for output, _ in parts]) if len(parts) > 1 else parts[0][0]
-    if not plan.needs_merge:
-        return torch.empty_like(q_TKGD).index_copy_(0, plan.rows, output_XKGD)
+    if plan.single is None:
+        return merged_TKGD.index_copy_(0, plan.rows, output_XKGD)
     lse_XKG = torch.cat([lse for _, lse in parts]) if len(parts) > 1 else parts[0][1]
+    rows = plan.rows
+    if len(plan.single):
+        merged_TKGD.index_copy_(0, rows[plan.single], output_XKGD[plan.single])
+        output_XKGD, lse_XKG, rows = output_XKGD[plan.several], lse_XKG[plan.several], rows[plan.several]
     num_tokens, *heads, head_dim = q_TKGD.shape
     # One row more than there are queries: where parts that nobody asked for go.
-    index = plan.rows[:, None, None].expand_as(lse_XKG)
+    index = rows[:, None, None].expand_as(lse_XKG)
     largest = lse_XKG.new_full((num_tokens + 1, *heads), float("-inf")).scatter_reduce_(0, index, lse_XKG, "amax")
-    weight_XKG = (lse_XKG - largest.index_select(0, plan.rows)).exp_()
-    total = lse_XKG.new_zeros((num_tokens + 1, *heads)).index_add_(0, plan.rows, weight_XKG)
-    weighted = output_XKGD.float() * weight_XKG.unsqueeze(-1)
-    output = weighted.new_zeros((num_tokens + 1, *heads, head_dim)).index_add_(0, plan.rows, weighted)
-    return (output[:num_tokens] / total[:num_tokens].unsqueeze(-1)).to(q_TKGD.dtype)
+    weight_XKG = (lse_XKG - largest.index_select(0, rows)).exp_()
+    total = lse_XKG.new_zeros((num_tokens + 1, *heads)).index_add_(0, rows, weight_XKG)
+    weighted = output_XKGD.float().mul_((weight_XKG / total.index_select(0, rows)).unsqueeze(-1))
+    summed = weighted.new_zeros((num_tokens + 1, *heads, head_dim)).index_add_(0, rows, weighted)[:num_tokens]
+    if not len(plan.single):
+        return merged_TKGD.copy_(summed)
+    merged_rows = plan.merged_rows
+    return merged_TKGD.index_copy_(0, merged_rows, summed[merged_rows].to(q_TKGD.dtype))
 
 
 def _attend_windowed(

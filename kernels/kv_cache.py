@@ -116,7 +116,10 @@ def check_write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tenso
 def write_kv_cpu(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tensor, slots_T: Tensor) -> None:
     """Write in place, in torch; also the reference, as nothing is computed."""
     check_write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
-    page_size = k_pages.shape[2]
-    pages_T, offsets_T = slots_T // page_size, slots_T % page_size
-    k_pages[pages_T, :, offsets_T] = k_TKD
-    v_pages[pages_T, :, offsets_T] = v_TKD
+    for x_TKD, pages_PKSD in ((k_TKD, k_pages), (v_TKD, v_pages)):
+        num_pages, num_kv_heads, page_size, head_dim = pages_PKSD.shape
+        if pages_PKSD.stride(0) == page_size * pages_PKSD.stride(2):  # new_kv_pages' layout: a page follows a page
+            slots_KCD = pages_PKSD.transpose(0, 1).view(num_kv_heads, num_pages * page_size, head_dim)
+            slots_KCD.index_copy_(1, slots_T, x_TKD.transpose(0, 1))
+        else:
+            pages_PKSD[slots_T // page_size, :, slots_T % page_size] = x_TKD
