@@ -21,7 +21,7 @@ class EngineConfig(BaseModel):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(
-            description="of activations; auto: the checkpoint's on a GPU, on a CPU the faster of float32 and bfloat16"
+            description="of activations; auto: the checkpoint's on a GPU; on a CPU bfloat16 if it has instructions for that"
         ),
     ] = "auto"
     quantization: Annotated[

@@ -74,3 +74,10 @@ def test_without_memory_for_a_copy_only_int4_is_kept(monkeypatch):
 def test_a_shape_that_the_int4_product_does_not_take_is_refused_by_name():
     with pytest.raises(ValueError, match=r"\[40, 128\].*linear_compute"):
         prepare_cpu_linear(make_weight(num_out=40), None, dtype=torch.bfloat16, compute="int4")
+
+
+@pytest.mark.parametrize(("amx", "avx512_bf16", "dtype"), [(1, 1, "bfloat16"), (0, 1, "bfloat16"), (0, 0, "float32")])
+def test_the_dtype_on_a_cpu_follows_from_its_instructions_and_not_from_a_clock(amx, avx512_bf16, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512_bf16))
+    assert cpu_linear.fastest_cpu_dtype() == getattr(torch, dtype)
