@@ -21,7 +21,7 @@ class EngineConfig(BaseModel):
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         Field(
-            description="of activations; auto: the checkpoint's on a GPU; on a CPU bfloat16 if it has instructions for that"
+            description="of activations; auto: the checkpoint's on a GPU; on a CPU bfloat16 if it has the instructions"
         ),
     ] = "auto"
     quantization: Annotated[
