@@ -128,16 +128,24 @@ def _answer(spec: RunSpec, todo: Sequence[Shard], tally: Tally, record: RunRecor
             try:
                 stop = _watch(graph, tally, spec.job, signals, progress)
             except BaseException as error:
-                record.outcome = f"broke: {type(error).__name__}"
-                record.exit_code = EXIT_BUG
-                _close_accounts(graph, record)
-                write_run(spec.output, record)
+                _record_break(graph, record, spec.output, error)
                 raise
         _close_accounts(graph, record)
         return stop
     finally:
         if is_ours:
             close_ray()
+
+
+def _record_break(graph: Graph, record: RunRecord, output: Storage, error: BaseException) -> None:
+    """Put a run that breaks on the bill, if that is still possible; the error itself is what the user has to see."""
+    record.outcome, record.exit_code = f"broke: {type(error).__name__}", EXIT_BUG
+    record.finished_at = time.time()
+    try:
+        _close_accounts(graph, record)
+        write_run(output, record)
+    except Exception as also:
+        error.add_note(f"the run's record could not be written either: {also}")
 
 
 def _watch(graph: Graph, tally: Tally, job: Job, signals: list[int], progress: Progress) -> Stop | None:

@@ -201,7 +201,7 @@ class Graph:
         self._worker_ends: list[WorkerEnd] | None = None
         self._is_generating = False
         self._max_merges = max(1, min(MAX_MERGES, int(ray.cluster_resources().get("CPU", 1)) // 2))
-        self.usd_per_device_hour = 0.0
+        self.usd_per_device_hour = spec.job.pricing.usd_per_device_hour or 0.0
 
     def events(self) -> Iterator[Event]:
         """Everything that happens, until all shards are done, failed, or left over by a stop."""

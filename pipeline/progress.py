@@ -12,6 +12,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -131,10 +132,16 @@ class Progress:
 
     def update(self) -> None:
         if self._live is not None:
-            self._live.update(Text(describe(self._tally)))
+            self._live.update(_live_view(self._tally))
         elif time.monotonic() - self._last_line_at >= LINE_EVERY_S:
             self._last_line_at = time.monotonic()
             self.say(describe(self._tally))
+
+
+def _live_view(tally: Tally) -> Table:
+    view = Table.grid(padding=(0, 1))
+    view.add_row(ProgressBar(total=max(1, tally.rows_total), completed=tally.rows_done, width=30), describe(tally))
+    return view
 
 
 def describe(tally: Tally) -> str:

@@ -81,8 +81,11 @@ class Storage:
             if self.is_local:
                 return self._walk(Path(self._absolute(prefix)))
             found = self._filesystem().find(self._absolute(prefix), detail=True)
-        # Consoles mark an empty folder by an object whose name ends in a slash.
-        files = [self._describe(info) for info in found.values() if not info["name"].endswith("/")]
+        # Consoles mark an empty folder by an object whose name ends in a slash. And find() asks once more what a prefix
+        # is that it found nothing below: if the first object has come meanwhile, the answer is the folder itself.
+        files = [
+            self._describe(info) for info in found.values() if info["type"] == "file" and not info["name"].endswith("/")
+        ]
         return sorted(files, key=lambda file: file.path)
 
     def glob(self, pattern: str) -> Files:

@@ -14,7 +14,7 @@ import pytest
 from jobs import cli
 from jobs.run import claim_output, run
 from jobs.status import status
-from pipeline.job import load_job
+from pipeline.job import JobError, load_job
 from pipeline.ledger import ROUNDING, read_metrics, read_runs
 from pipeline.storage import Storage, StorageError
 
@@ -135,6 +135,12 @@ def test_a_limit_stops_the_run_with_exit_code_4_and_it_can_be_continued(
     assert "not complete" in capsys.readouterr().out
     assert run(job, [f"limits.{name}=null"], new_worker=workers) == 0
     assert sorted(workers.asked()) == sorted(f"a/{i}" for i in range(60)), "each row was asked once over both runs"
+
+
+def test_a_pool_that_no_cluster_here_can_hold_is_refused(ray_cluster, write_corpus, write_job, fake_workers):
+    write_corpus({"a": ["one"]})
+    with pytest.raises(JobError, match=r"pool: 500 actors with num_cpus=1 need 500 CPUs and there are"):
+        run(str(write_job(pool={"num_actors": 500})), [], new_worker=fake_workers())
 
 
 def test_the_bill_of_a_real_engine_adds_up_to_the_time_that_the_device_was_held(

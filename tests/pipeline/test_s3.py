@@ -100,3 +100,13 @@ def test_a_run_on_s3_is_extended_and_its_status_read(bucket, write_job, fake_wor
 def test_two_drivers_that_start_at_once_agree_on_one_run_json(bucket):
     output = Storage(f"{bucket.uri}/out")
     assert [output.create_exclusive("run.json", b"1"), output.create_exclusive("run.json", b"2")] == [True, False]
+
+
+def test_a_folder_whose_first_object_comes_while_it_is_listed_is_not_taken_for_a_file(bucket, monkeypatch):
+    filesystem = bucket._filesystem()
+    monkeypatch.setattr(bucket, "_filesystem", lambda: filesystem)
+    bucket.write_whole("folder/late", b"x")
+    folder = filesystem.info(f"{BUCKET}/{bucket.uri.rpartition('/')[2]}/folder")
+    assert folder["type"] == "directory"
+    monkeypatch.setattr(filesystem, "find", lambda path, detail: {folder["name"]: folder})
+    assert bucket.list("folder") == []
