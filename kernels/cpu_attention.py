@@ -63,14 +63,23 @@ class _Context:
 
 
 @dataclass(slots=True)
+class _Merge:
+    """Which partial results make which query rows: `single_parts` are the whole result of `single_rows`; the parts of
+    `rows` are in `table`, padded with a part of weight 0 where `is_padding`."""
+
+    single_rows: Tensor
+    single_parts: Tensor
+    rows: Tensor
+    table_RM: Tensor
+    is_padding_RM1: Tensor
+
+
+@dataclass(slots=True)
 class _Plan:
     decode: _Decode | None
     chunks: list[_Chunks]
     contexts: list[_Context]
-    rows: Tensor  # the query row of every partial result, in the order decode, chunks, contexts
-    single: Tensor | None  # the results that are their row's only one; None: all are
-    several: Tensor  # the others
-    merged_rows: Tensor  # the query rows of those
+    merge: _Merge
 
 
 def paged_attention_cpu(
@@ -100,7 +109,7 @@ def paged_attention_cpu(
         parts.append(_attend_decode(plan.decode, q_TKGD, k_KPSD, v_KPSD, scale))
     parts.extend(_attend_chunks(chunks, q_TKGD, k_KPSD, v_KPSD, scale) for chunks in plan.chunks)
     parts.extend(_attend_context(context, q_TKGD, k_KPSD, v_KPSD, scale) for context in plan.contexts)
-    return _merge(plan, parts, q_TKGD).view_as(q_TND)
+    return _merge_parts(plan.merge, parts, q_TKGD)
 
 
 def _plan(batch: AttentionBatch, dtype: torch.dtype) -> _Plan:
@@ -139,14 +148,20 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype) -> _Plan:
     rows = [decode.rows_X] if decode is not None else []
     rows.extend(chunk.rows for chunk in chunks)
     rows.extend(torch.arange(context.start, context.stop) for context in contexts)
-    all_rows = torch.cat(rows)
-    if len(all_rows) == batch.num_tokens:  # each query has at least one part
-        return _Plan(decode, chunks, contexts, all_rows, None, all_rows[:0], all_rows[:0])
-    is_single = torch.bincount(all_rows, minlength=batch.num_tokens + 1)[all_rows] == 1
-    is_single &= all_rows < batch.num_tokens
-    single, several = is_single.nonzero().squeeze(1), (~is_single).nonzero().squeeze(1)
-    merged_rows = all_rows[several].unique()
-    return _Plan(decode, chunks, contexts, all_rows, single, several, merged_rows[merged_rows < batch.num_tokens])
+    return _Plan(decode, chunks, contexts, _plan_merge(torch.cat(rows), batch.num_tokens))
+
+
+def _plan_merge(row_of_part: Tensor, num_tokens: int) -> _Merge:
+    """Parts of row `num_tokens` are those that nobody asked for."""
+    order = row_of_part.argsort(stable=True)
+    counts = torch.bincount(row_of_part, minlength=num_tokens + 1)
+    starts = counts.cumsum(0) - counts
+    single_rows = (counts[:num_tokens] == 1).nonzero().squeeze(1)
+    rows = (counts[:num_tokens] > 1).nonzero().squeeze(1)
+    steps_M = torch.arange(int(counts[:num_tokens].max()))
+    is_padding_RM = steps_M >= counts[rows][:, None]
+    table_RM = order[torch.where(is_padding_RM, starts[rows][:, None], starts[rows][:, None] + steps_M)]
+    return _Merge(single_rows, order[starts[single_rows]], rows, table_RM, is_padding_RM[:, :, None])
 
 
 def _plan_decode(parts: list[tuple[int, int, int]], page_size: int, num_tokens: int, dtype: torch.dtype) -> _Decode:
@@ -249,30 +264,25 @@ def _attend_context(
     return output, lse.view(num_kv_heads, num_rows, num_grouped).transpose(0, 1)
 
 
-def _merge(plan: _Plan, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tensor) -> Tensor:
-    """Put the result of every query row together: as it is where there is one part, else the sum of the parts, each
-    weighted by exp(its lse - the row's largest lse)."""
-    merged_TKGD = torch.empty_like(q_TKGD)
-    output_XKGD = torch.cat([output for output, _ in parts]) if len(parts) > 1 else parts[0][0]
-    if plan.single is None:
-        return merged_TKGD.index_copy_(0, plan.rows, output_XKGD)
-    lse_XKG = torch.cat([lse for _, lse in parts]) if len(parts) > 1 else parts[0][1]
-    rows = plan.rows
-    if len(plan.single):
-        merged_TKGD.index_copy_(0, rows[plan.single], output_XKGD[plan.single])
-        output_XKGD, lse_XKG, rows = output_XKGD[plan.several], lse_XKG[plan.several], rows[plan.several]
-    num_tokens, *heads, head_dim = q_TKGD.shape
-    # One row more than there are queries: where parts that nobody asked for go.
-    index = rows[:, None, None].expand_as(lse_XKG)
-    largest = lse_XKG.new_full((num_tokens + 1, *heads), float("-inf")).scatter_reduce_(0, index, lse_XKG, "amax")
-    weight_XKG = (lse_XKG - largest.index_select(0, rows)).exp_()
-    total = lse_XKG.new_zeros((num_tokens + 1, *heads)).index_add_(0, rows, weight_XKG)
-    weighted = output_XKGD.float().mul_((weight_XKG / total.index_select(0, rows)).unsqueeze(-1))
-    summed = weighted.new_zeros((num_tokens + 1, *heads, head_dim)).index_add_(0, rows, weighted)[:num_tokens]
-    if not len(plan.single):
-        return merged_TKGD.copy_(summed)
-    merged_rows = plan.merged_rows
-    return merged_TKGD.index_copy_(0, merged_rows, summed[merged_rows].to(q_TKGD.dtype))
+def _merge_parts(plan: _Merge, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tensor) -> Tensor:
+    """Put the result of every query row together: as it is where there is one part, else the sum of its parts, each
+    weighted by exp(lse) over the sum of these."""
+    num_tokens, num_kv_heads, num_grouped, head_dim = q_TKGD.shape
+    merged_TND = q_TKGD.new_empty(num_tokens, num_kv_heads * num_grouped, head_dim)
+    output_XND = (
+        torch.cat([output.flatten(1, 2) for output, _ in parts]) if len(parts) > 1 else parts[0][0].flatten(1, 2)
+    )
+    if len(plan.single_rows):
+        merged_TND.index_copy_(0, plan.single_rows, output_XND.index_select(0, plan.single_parts))
+    if len(plan.rows):
+        lse_XN = torch.cat([lse.flatten(1, 2) for _, lse in parts]) if len(parts) > 1 else parts[0][1].flatten(1, 2)
+        shape_RM = plan.table_RM.shape
+        lse_RMN = lse_XN.index_select(0, plan.table_RM.flatten()).view(*shape_RM, -1)
+        weight_RMN = lse_RMN.masked_fill_(plan.is_padding_RM1, float("-inf")).softmax(1)
+        output_RMND = output_XND.index_select(0, plan.table_RM.flatten()).view(*shape_RM, -1, head_dim)
+        merged_RND = (output_RMND * weight_RMN.unsqueeze(-1)).sum(1).to(q_TKGD.dtype)
+        merged_TND.index_copy_(0, plan.rows, merged_RND)
+    return merged_TND
 
 
 def _attend_windowed(

@@ -146,8 +146,8 @@ def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm over the last dimension, in torch."""
     check_rms_norm(x, weight)
     x32 = x.float()
-    inverse = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-    return (x32 * inverse).to(x.dtype) * weight
+    inverse = x32.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x32 * inverse).to(x.dtype).mul_(weight)
 
 
 def add_rms_norm_cpu(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:

@@ -130,12 +130,25 @@ def rope_cpu(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, 
     check_rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
     half = cos_LR.shape[1]
     cos_T1R, sin_T1R = cos_LR[positions_T].unsqueeze(1), sin_LR[positions_T].unsqueeze(1)
-    for x in (q_TND, k_TKD):
+    for x in _side_by_side(q_TND, k_TKD):
         a, b = x[..., :half].float(), x[..., half : 2 * half].float()
         rotated_a = (a * cos_T1R).addcmul_(b, sin_T1R, value=-1)
         rotated_b = (b * cos_T1R).addcmul_(a, sin_T1R)
         x[..., :half] = rotated_a
         x[..., half : 2 * half] = rotated_b
+
+
+def _side_by_side(q_TND: Tensor, k_TKD: Tensor) -> tuple[Tensor, ...]:
+    """q and k as one tensor where they are neighbours in a fused projection: half as many operations."""
+    num_heads, head_dim = q_TND.shape[1:]
+    is_fused = (
+        q_TND.untyped_storage().data_ptr() == k_TKD.untyped_storage().data_ptr()
+        and q_TND.stride() == k_TKD.stride()
+        and k_TKD.storage_offset() == q_TND.storage_offset() + num_heads * q_TND.stride(1)
+    )
+    if not is_fused:
+        return q_TND, k_TKD
+    return (q_TND.as_strided((len(q_TND), num_heads + k_TKD.shape[1], head_dim), q_TND.stride()),)
 
 
 def rope_reference(x_THD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> Tensor:

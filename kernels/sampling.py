@@ -345,29 +345,20 @@ def sample_cpu(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
     changed = penalise_rows(raw_BV, batch)
     filters = zip(*(x.tolist() for x in (batch.temperature_B, batch.top_k_B, batch.top_p_B, batch.min_p_B)))
     tokens = np.zeros(len(raw_BV), np.int64)
-    log_sums = np.empty(len(raw_BV), np.float32)
+    log_sums_B = torch.logsumexp(logits_BV, dim=1)  # a row is one thread's, whatever their number
     drawn: list[Candidates] = []
     for row, (raw, (temperature, top_k, top_p, min_p)) in enumerate(zip(raw_BV, filters)):
-        top = int(raw.argmax())
-        log_sums[row] = log_sum_exp(raw, raw[top])
         logits = changed.get(row, raw)
-        tokens[row] = top if logits is raw else int(logits.argmax())
+        tokens[row] = logits.argmax()
         if temperature >= GREEDY_TEMPERATURE and np.isfinite(logits[tokens[row]]):
             drawn.append(Candidates(row, *likely_candidates(logits, temperature, top_k, top_p, min_p)))
     draw(drawn, batch, tokens)
-    tokens_B, log_sums_B = torch.from_numpy(tokens), torch.from_numpy(log_sums)
+    tokens_B = torch.from_numpy(tokens)
     logprobs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - log_sums_B
     if not batch.num_top_logprobs:
         return SampleResult(tokens_B, logprobs_B)
     top_BL, top_ids_BL = logits_BV.topk(batch.num_top_logprobs, dim=1)
     return SampleResult(tokens_B, logprobs_B, top_ids_BL, top_BL - log_sums_B.unsqueeze(1))
-
-
-def log_sum_exp(x: FloatArray, largest: np.float32) -> np.float32:
-    """log(sum(exp(x))) of one row."""
-    if np.isinf(largest):
-        return largest
-    return largest + np.log(np.exp(x - largest).sum())
 
 
 def penalise_rows(raw_BV: FloatArray, batch: SamplingBatch) -> dict[int, FloatArray]:
