@@ -439,7 +439,7 @@ def _corpus_rows(num_rows: int, rng: random.Random) -> list[dict[str, str | None
         if draw < SHARE_BAD:
             rows.append({**row, "ticket": rng.choice((None, "")), "gold": None})
         elif draw < SHARE_BAD + SHARE_DUPLICATES and rows:
-            rows.append({**rng.choice(rows), **row})
+            rows.append({**rng.choice(rows[-50:]), **row})  # sent twice, not long after
         else:
             ticket = make_ticket(rng)
             rows.append({**row, "ticket": ticket.text, "gold": ticket.gold})
