@@ -179,6 +179,12 @@ def merge_task(spec: RunSpec, shard: Shard, paths: list[str]) -> ShardMetrics | 
         return ShardFailed(shard.name, str(error))
 
 
+@ray.remote(num_cpus=0, max_retries=0)
+def warm_up_merging() -> None:
+    """Do nothing, in a process that has now imported what a merge needs: that takes a second or two of a core, which is
+    better spent while the model loads than while the engine runs."""
+
+
 # --- the driver's side --------------------------------------------------------------------------------------------
 
 
@@ -200,6 +206,7 @@ class Graph:
         self._gate: Any = None
         self._worker_ends: list[WorkerEnd] | None = None
         self._is_generating = False
+        self._warm: list[Any] = []
         self._max_merges = max(1, min(MAX_MERGES, int(ray.cluster_resources().get("CPU", 1)) // 2))
         self.usd_per_device_hour = spec.job.pricing.usd_per_device_hour or 0.0
 
@@ -262,6 +269,7 @@ class Graph:
         }
         dataset = build_dataset(self._spec, self._spec_ref, self._gate, shards, found)
         self._is_generating = True
+        self._warm = [warm_up_merging.remote() for _ in range(self._max_merges)]
         # A thread, because the main one has to see signals and clocks while Ray Data waits.
         threading.Thread(target=self._consume, args=(dataset,), daemon=True, name="dataset").start()
 
