@@ -180,6 +180,12 @@ def _merge_checked(base: SamplingParams, overrides: Mapping[str, Any]) -> Sampli
             f"n={merged.n}, but the job's sampling.n is 1, so a response is one text; "
             "set sampling.n above 1 in the job, then rows may have any n",
         )
+    if merged.logprobs is not None and base.logprobs is None:
+        raise _BadRow(
+            "invalid_sampling",
+            f"logprobs={merged.logprobs}, but the job's sampling.logprobs is not set, so results have no column for "
+            "them; set it in the job (0 is enough), then rows may have any number",
+        )
     return merged
 
 

@@ -238,6 +238,7 @@ def test_in_a_struct_null_means_not_set():
         ('{"temperature": NaN}', "cannot be written as JSON"),
         ('{"seed": 99999999999999999999}', "seed"),
         ('{"n": 2}', "the job's sampling.n is 1"),
+        ('{"logprobs": 2}', "the job's sampling.logprobs is not set"),
         ('{"min_tokens": 500}', "min_tokens=500 is above max_tokens=256"),
     ],
 )
