@@ -26,6 +26,7 @@ from actors.quantization import concatenate, fitting_group_size, quantize_to_nea
 from actors.rotary import resolve_max_model_len, rope_tables
 from kernels.attention_batch import AttentionBatch, new_kv_pages
 from kernels.backend import Linear, add_rms_norm, paged_attention, prepare_linear, rms_norm, rope, silu_mul, write_kv
+from kernels.cpu_linear import dtype_name
 from kernels.int4_linear import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -270,7 +271,7 @@ class _Loader:
         return weight
 
     def _notes(self) -> list[str]:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         notes = [
             f"{count} linear layers stay in {dtype} instead of int4: {reason}"
             for reason, count in self.kept_dense.items()

@@ -23,7 +23,7 @@ from actors.runner import Runner, SampledToken
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
 from actors.stopping import finish_reason_of, text_of
-from kernels.cpu_linear import available_memory_bytes, fastest_cpu_dtype
+from kernels.cpu_linear import available_memory_bytes, dtype_name, fastest_cpu_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ class Engine:
         self.stats.num_preemptions += usage.num_preemptions
         if any(sequence.finish_reason == "error" for sequence in row.sequences):
             message = (
-                f"the model's logits are not finite in {_name(self.dtype)}; if that happens to many rows, "
+                f"the model's logits are not finite in {dtype_name(self.dtype)}; if that happens to many rows, "
                 "set engine.dtype to bfloat16 or float32"
             )
             return Completion(row.request.request_id, usage=usage, error=RowError("not_finite", message))
@@ -285,10 +285,6 @@ def resolve_dtype(name: str, checkpoint_dtype: torch.dtype, device: torch.device
     if device.type == "cpu":
         return fastest_cpu_dtype()
     return torch.bfloat16 if checkpoint_dtype == torch.float32 else checkpoint_dtype
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _output_of(sequence: Sequence) -> Output:

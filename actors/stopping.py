@@ -23,8 +23,6 @@ def finish_reason_of(sequence: Sequence, eos_token_ids: tuple[int, ...], tokeniz
 def text_of(sequence: Sequence, eos_token_ids: tuple[int, ...], tokenizer: Any) -> str:
     """The text of a finished sequence: without special tokens, the token it stopped at, or a stop string."""
     token_ids = sequence.output_token_ids
-    if tokenizer is None:
-        return ""
     sampling = sequence.request.sampling
     if sequence.finish_reason == "stop" and token_ids and token_ids[-1] in (*sampling.stop_token_ids, *eos_token_ids):
         token_ids = token_ids[:-1]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.requests import Completion, EngineError, Request
+from kernels.cpu_linear import dtype_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ class EngineWorker:
             peak_pages=engine.scheduler.peak_pages,
             num_pages=engine.scheduler.pool.num_pages,
             device=str(engine.device),
-            dtype=str(engine.dtype).removeprefix("torch."),
+            dtype=dtype_name(engine.dtype),
             notes=(*engine.notes, *engine.decoder.describe()),
         )
 

@@ -82,7 +82,7 @@ def prepare_cpu_linear(
         bias = bias.to(dtype)
     if isinstance(weight, Tensor):
         form = _choose_form(weight.shape[0], weight.shape[1], dtype, torch.get_num_threads())
-        return CpuLinear(bias, _dense_product(weight.to(dtype), form), None, 0, f"{form} {_name(dtype)}")
+        return CpuLinear(bias, _dense_product(weight.to(dtype), form), None, 0, f"{form} {dtype_name(dtype)}")
 
     from kernels.int4_linear import dequantize
 
@@ -105,8 +105,8 @@ def prepare_cpu_linear(
             )
     dense = _dense_product(dequantize(weight).to(dtype), choice.form)
     if choice.int4_max_tokens == 0:
-        return CpuLinear(bias, dense, None, 0, f"{choice.form} {_name(dtype)} copy of int4")
-    text = f"int4 g{group} up to {choice.int4_max_tokens} tokens, {choice.form} {_name(dtype)} copy above"
+        return CpuLinear(bias, dense, None, 0, f"{choice.form} {dtype_name(dtype)} copy of int4")
+    text = f"int4 g{group} up to {choice.int4_max_tokens} tokens, {choice.form} {dtype_name(dtype)} copy above"
     return CpuLinear(bias, dense, _int4_product(weight), choice.int4_max_tokens, text)
 
 
@@ -118,6 +118,11 @@ def fastest_cpu_dtype() -> torch.dtype:
     """
     has_instructions = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if has_instructions else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without "torch.", as settings and summaries write it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def available_memory_bytes() -> int:
@@ -210,7 +215,3 @@ def _seconds_per_call(product: Product, x_TK: Tensor) -> float:
         product(x_TK, None)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -20,6 +20,7 @@ from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.requests import SamplingParams
 from jobs.bench.result import Bar, BenchResult
+from kernels.cpu_linear import dtype_name
 
 NUM_PROMPTS, NUM_SHARED, NUM_OWN, NUM_NEW = 64, 256, 32, 64
 VOCAB = 49152
@@ -53,7 +54,7 @@ def bench_engine() -> BenchResult:
             run = load_transformers(model, dtype)
             for name, prompts in cases.items():
                 for batch_size in (64, 32):
-                    baselines[name].take(f"{_name(dtype)}, batches of {batch_size}", *run(prompts, batch_size))
+                    baselines[name].take(f"{dtype_name(dtype)}, batches of {batch_size}", *run(prompts, batch_size))
                     console.print(f"transformers, {name}, {baselines[name].latest}")
             del run
 
@@ -69,7 +70,7 @@ def bench_engine() -> BenchResult:
         for name, needed in (("shared prefix", 4.0), ("no shared prefix", 1.4)):
             all_seconds, engine = time_engine(model, cases[name])
             seconds = min(all_seconds)
-            console.print(f"engine, {name}, {_name(engine.dtype)}: {seconds:.2f} s")
+            console.print(f"engine, {name}, {dtype_name(engine.dtype)}: {seconds:.2f} s")
             baseline = baselines[name]
             bars.append(Bar(f"speed-up over transformers, {name}", baseline.seconds / seconds, needed, unit="x"))
             bars.append(Bar(f"output tokens per second, {name}", NUM_PROMPTS * NUM_NEW / seconds, None))
@@ -79,7 +80,7 @@ def bench_engine() -> BenchResult:
                 "baseline": baseline.label,
                 "baseline_seconds": baseline.all_seconds,
                 "engine_seconds": [round(s, 3) for s in all_seconds],
-                "engine_dtype": _name(engine.dtype),
+                "engine_dtype": dtype_name(engine.dtype),
                 "engine_linears": engine.decoder.describe(),
                 "num_steps": engine.stats.num_steps,
             }
@@ -173,7 +174,7 @@ def measure_rates() -> dict[str, float]:
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
         seconds = _best_seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
-        rates[f"{_name(dtype)}_gemm_gflop_per_s"] = round(2 * 1024 * 2048 * 2048 / seconds / 1e9, 1)
+        rates[f"{dtype_name(dtype)}_gemm_gflop_per_s"] = round(2 * 1024 * 2048 * 2048 / seconds / 1e9, 1)
     source = torch.ones(256 << 20, dtype=torch.uint8)
     target = torch.empty_like(source)
     rates["copy_gb_per_s"] = round(2 * source.numel() / _best_seconds(lambda: target.copy_(source)) / 1e9, 2)
@@ -187,7 +188,7 @@ def arithmetic_floor_s(engine: Engine, *, shared: bool, rates: dict[str, float])
     num_new = NUM_PROMPTS * NUM_NEW
     flop = 2 * engine.decoder.num_linear_weights * (num_prompt + num_new)
     flop += 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"] * num_new  # type: ignore[operator]
-    return flop / (rates[f"{_name(engine.dtype)}_gemm_gflop_per_s"] * 1e9)
+    return flop / (rates[f"{dtype_name(engine.dtype)}_gemm_gflop_per_s"] * 1e9)
 
 
 def _share_equal(model: str, prompts: Prompts, expected: Prompts) -> float:
@@ -208,10 +209,6 @@ def _best_seconds(work: Callable[[], object]) -> float:
         work()
         best = min(best, time.perf_counter() - started)
     return best
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _percentages(shares: dict[str, float]) -> str:
