@@ -5,9 +5,47 @@ Composed into the job file by `pipeline.job`; read by everything in `actors`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class SpeculativeConfig(BaseModel):
+    """Speculative decoding, with vLLM's names. It changes the speed and never a token.
+
+    "auto" drafts from the prompt, from what the corpus has answered and, if `model` is given, with a draft model, and
+    takes as many tokens of each draft as pay by the measured step times, down to none. The other methods always take
+    as many as there are, up to `num_speculative_tokens`: "ngram" from the prompt, "corpus" from earlier answers,
+    "draft_model", and "combined" from all of these.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    method: Literal["auto", "none", "ngram", "corpus", "draft_model", "combined"] = "auto"
+    model: Annotated[
+        str | None, Field(description="Hugging Face directory of a draft model with the same tokenizer")
+    ] = None
+    num_speculative_tokens: Annotated[int, Field(ge=1, le=64, description="draft tokens per request and step")] = 16
+    prompt_lookup_min: Annotated[int, Field(ge=1, description="shortest n-gram looked up")] = 1
+    prompt_lookup_max: Annotated[int, Field(ge=1, description="longest n-gram looked up")] = 4
+    corpus_index_bytes: Annotated[int, Field(ge=1 << 16, description="bound of the index over answers")] = 64 << 20
+    quantization: Annotated[Literal["auto", "none", "int4"], Field(description="of the draft model")] = "int4"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise ValueError(
+                f"prompt_lookup_min={self.prompt_lookup_min} is above prompt_lookup_max={self.prompt_lookup_max}"
+                "; swap them"
+            )
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("method is draft_model and no model is named; set speculative_config.model")
+        if self.model is not None and self.method in ("none", "ngram", "corpus"):
+            raise ValueError(
+                f"method={self.method!r} uses no draft model, yet model={self.model!r} is set; "
+                "use method draft_model, combined or auto, or remove the model"
+            )
+        return self
 
 
 class EngineConfig(BaseModel):
@@ -34,6 +72,13 @@ class EngineConfig(BaseModel):
         Field(description="on a CPU: multiply packed int4, a dense copy, or whichever was measured to be faster"),
     ] = "auto"
     kv_cache_dtype: Literal["auto"] = "auto"
+    deterministic: Annotated[
+        bool,
+        Field(
+            description="the same bytes for any batch, order, number of actors, cache, speculation or resume; slower"
+        ),
+    ] = False
+    speculative_config: SpeculativeConfig = SpeculativeConfig()
     max_model_len: Annotated[int | None, Field(ge=1, description="tokens per row; default: the model's own")] = None
     page_size: Annotated[int, Field(ge=1, le=256, description="token slots per page")] = 64
     num_pages: Annotated[int | None, Field(ge=2, description="default: from kv_cache_bytes or free memory")] = None

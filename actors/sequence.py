@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from actors.prefix_tree import Node
 from actors.requests import FinishReason, Request, TokenLogprob, derive_seed
@@ -38,6 +39,9 @@ class Sequence:
     sum_logprob: float = 0.0
     logprobs: list[TokenLogprob] | None = None
     num_preemptions: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    drafting: dict[str, Any] = field(default_factory=dict)  # what drafters remember of it, by their name
     finish_reason: FinishReason | None = None
     text: str = ""
 

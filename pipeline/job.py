@@ -45,6 +45,7 @@ ENGINE_FIELDS_WITHOUT_EFFECT_ON_RESULTS = frozenset(
         "enable_prefix_caching",
         "enable_prefix_groups",
         "num_threads",
+        "speculative_config",
     }
 )
 """All other engine fields are in the fingerprint, so a new one is there until somebody says otherwise."""
