@@ -18,7 +18,17 @@ from actors.checkpoint import load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
 from actors.cost_model import measure_step_costs, split_exactly
 from actors.decoder import Decoder, load_decoder
-from actors.requests import Completion, Output, Request, RowError, SamplingParams, TokenLogprob, Usage, derive_seed
+from actors.requests import (
+    Completion,
+    DrafterStats,
+    Output,
+    Request,
+    RowError,
+    SamplingParams,
+    TokenLogprob,
+    Usage,
+    derive_seed,
+)
 from actors.runner import Runner, SampledToken
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
@@ -42,6 +52,8 @@ class EngineStats:
     num_decode_tokens: int = 0
     num_preemptions: int = 0
     lost_ns: int = 0
+    num_verify_steps: int = 0  # request-steps with at least one draft token
+    saved_by_speculation_s: float = 0.0  # an estimate, from the step-time model
 
 
 @dataclass(slots=True)
@@ -142,6 +154,18 @@ class Engine:
         done = [row for sequence in finished if (row := self._close(sequence)) is not None]
         self._charge(plan, weights, time.perf_counter_ns() - started)
         return refused + [self._complete(row) for row in done]
+
+    def drafter_stats(self) -> tuple[DrafterStats, ...]:
+        """What each drafter has done since the engine was made."""
+        return ()
+
+    def corpus_index(self) -> bytes | None:
+        """The index over what was answered, for `load_corpus_index` of another engine; None without one."""
+        return None
+
+    def load_corpus_index(self, data: bytes) -> bool:
+        """Add what another engine's index holds to this one's; False if there is none here, or `data` is no index."""
+        return False
 
     def generate(
         self, prompts: SequenceOf[str | SequenceOf[int]], sampling: SamplingParams | None = None

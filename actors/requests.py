@@ -112,6 +112,17 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class DrafterStats:
+    """What one drafter of an engine has done so far. `failed` is why it was switched off; empty while it works."""
+
+    name: str
+    drafted_tokens: int
+    accepted_tokens: int
+    proposing_s: float
+    failed: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class RowError:
     """Why a row has no answer. `kind` is a short stable word (see the README's table), `message` is for a person."""
 

@@ -11,18 +11,24 @@ import itertools
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from actors.config import EngineConfig
 from actors.engine import Engine
-from actors.requests import Completion, EngineError, Request
+from actors.requests import Completion, DrafterStats, EngineError, Request
 from kernels.cpu_linear import dtype_name
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerStats:
     """What a worker has done so far. load_s + busy_s + idle_s is its life; busy_s is what rows were charged and
-    `lost_s`, the part of it whose answers were thrown away."""
+    `lost_s`, the part of it whose answers were thrown away. Drafts count with the answers that were thrown away too:
+    `num_verify_steps` is the request-steps that had at least one, `saved_by_speculation_s` is an estimate."""
 
     load_s: float
     busy_s: float
@@ -34,6 +40,9 @@ class WorkerStats:
     num_prefill_tokens: int
     num_decode_tokens: int
     num_preemptions: int
+    num_verify_steps: int
+    saved_by_speculation_s: float
+    drafters: tuple[DrafterStats, ...]
     peak_pages: int
     num_pages: int
     device: str
@@ -53,6 +62,14 @@ class _Call:
     completions: dict[str, Completion] = field(default_factory=dict)
 
 
+@dataclass(slots=True, eq=False)
+class _Command:
+    """Something to do with the engine between two steps, in the engine's own thread."""
+
+    act: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+
 class EngineWorker:
     """Loads the model before the constructor returns; several `generate` calls run together in one batch."""
 
@@ -60,6 +77,7 @@ class EngineWorker:
         self.engine = Engine(config)
         self._ids = itertools.count()
         self._arrivals: deque[_Call] = deque()
+        self._commands: deque[_Command] = deque()
         self._wake = threading.Condition()
         self._is_closing = False
         self._failure: BaseException | None = None
@@ -77,8 +95,7 @@ class EngineWorker:
         loop = asyncio.get_running_loop()
         call = _Call(loop, loop.create_future(), requests)
         with self._wake:
-            if self._failure is not None or self._is_closing:
-                raise EngineError(f"the engine is gone: {self._failure or 'closed'}; make a new worker")
+            self._refuse_if_gone()
             self._arrivals.append(call)
             self._wake.notify()
         return await call.future
@@ -99,12 +116,25 @@ class EngineWorker:
             num_prefill_tokens=stats.num_prefill_tokens,
             num_decode_tokens=stats.num_decode_tokens,
             num_preemptions=stats.num_preemptions,
+            num_verify_steps=stats.num_verify_steps,
+            saved_by_speculation_s=stats.saved_by_speculation_s,
+            drafters=engine.drafter_stats(),
             peak_pages=engine.scheduler.peak_pages,
             num_pages=engine.scheduler.pool.num_pages,
             device=str(engine.device),
             dtype=dtype_name(engine.dtype),
             notes=(*engine.notes, *engine.decoder.describe()),
         )
+
+    def export_corpus_index(self) -> bytes | None:
+        """What the engine's drafters know of the answers so far, None where they keep no index; EngineError when the
+        engine is broken. Waits for the running step, so not for an event loop; callable from any thread."""
+        return self._between_steps(self.engine.corpus_index)
+
+    def import_corpus_index(self, data: bytes) -> bool:
+        """Add what `export_corpus_index` gave, here or elsewhere; False if the engine keeps no index or cannot use it.
+        Waits and raises like `export_corpus_index`."""
+        return self._between_steps(lambda: self.engine.load_corpus_index(data))
 
     def close(self) -> None:
         """Stop after the current step; calls that are still open get an EngineError."""
@@ -113,9 +143,23 @@ class EngineWorker:
             self._wake.notify()
         self._thread.join()
 
+    def _refuse_if_gone(self) -> None:
+        if self._failure is not None or self._is_closing:
+            raise EngineError(f"the engine is gone: {self._failure or 'closed'}; make a new worker")
+
+    def _between_steps(self, act: Callable[[], T]) -> T:
+        command = _Command(act)
+        with self._wake:
+            self._refuse_if_gone()
+            self._commands.append(command)
+            self._wake.notify()
+        result: T = command.future.result()
+        return result
+
     def _work(self) -> None:
         try:
             while self._take_arrivals():
+                self._obey()
                 for completion in self.engine.step():
                     self._deliver(completion)
                 self._drop_cancelled()
@@ -127,9 +171,9 @@ class EngineWorker:
     def _take_arrivals(self) -> bool:
         """Move new calls into the engine, waiting for one if there is nothing to do; False at the end."""
         with self._wake:
-            if not self._arrivals and not self._calls and not self._is_closing:
+            if not self._has_news() and not self._calls:
                 self._idle_since = time.perf_counter()
-                self._wake.wait_for(lambda: self._arrivals or self._is_closing)
+                self._wake.wait_for(self._has_news)
                 self._idle_s += time.perf_counter() - self._idle_since
                 self._idle_since = None
             arrivals, self._arrivals = self._arrivals, deque()
@@ -144,6 +188,20 @@ class EngineWorker:
                 self._call_of[own_id] = call
                 self.engine.add(replace(request, request_id=own_id))
         return True
+
+    def _has_news(self) -> bool:
+        return bool(self._arrivals or self._commands or self._is_closing)
+
+    def _obey(self) -> None:
+        """Do what was asked for between steps. It is no row's time; a command that fails is its caller's affair."""
+        started = time.perf_counter()
+        while self._commands:
+            command = self._commands.popleft()
+            try:
+                command.future.set_result(command.act())
+            except Exception as error:
+                command.future.set_exception(error)
+        self._idle_s += time.perf_counter() - started
 
     def _deliver(self, completion: Completion) -> None:
         call = self._call_of.pop(completion.request_id)
@@ -167,6 +225,9 @@ class EngineWorker:
         with self._wake:
             self._failure = error
             open_calls = self._calls | set(self._arrivals)
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command.future.set_exception(EngineError(f"the engine is gone: {error}; make a new worker"))
         for call in open_calls:
             failure = EngineError(f"the engine broke: {type(error).__name__}: {error}")
             failure.__cause__ = error

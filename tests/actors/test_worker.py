@@ -1,6 +1,7 @@
 """The worker: an engine in its own thread behind an asyncio interface."""
 
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -92,3 +93,47 @@ def test_a_closed_worker_says_so(tiny_llama):
     worker.close()
     with pytest.raises(EngineError, match="closed"):
         asyncio.run(worker.generate(requests_of(1)))
+
+
+def test_the_corpus_index_is_read_and_loaded_between_steps_by_the_engines_own_thread(tiny_llama):
+    worker = EngineWorker(EngineConfig(model=str(tiny_llama), dtype="float32", page_size=8, num_threads=1))
+    threads, in_step = [], threading.Event()
+    step = worker.engine.step
+
+    def slow_step():
+        in_step.set()
+        done = step()
+        in_step.clear()
+        return done
+
+    def note(*data):
+        threads.append((threading.current_thread().name, in_step.is_set()))
+        return b"index" if not data else data == (b"index",)
+
+    worker.engine.step, worker.engine.corpus_index, worker.engine.load_corpus_index = slow_step, note, note
+
+    async def run():
+        assert await asyncio.to_thread(worker.export_corpus_index) == b"index", "while the engine is idle"
+        answer = asyncio.create_task(worker.generate(requests_of(3, max_tokens=60)))
+        await asyncio.to_thread(in_step.wait, 10)
+        assert await asyncio.to_thread(worker.import_corpus_index, b"index")
+        assert not answer.done(), "between steps, not after the last one"
+        return await answer
+
+    assert len(asyncio.run(run())) == 3
+    assert threads == [("shoal-engine", False)] * 2
+    stats = worker.stats()
+    assert (stats.drafters, stats.num_verify_steps, stats.saved_by_speculation_s) == ((), 0, 0.0)
+    worker.close()
+    with pytest.raises(EngineError, match="closed"):
+        worker.export_corpus_index()
+
+
+def test_an_index_that_cannot_be_read_fails_its_caller_and_no_row(worker, monkeypatch):
+    def explode():
+        raise ValueError("broken index")
+
+    monkeypatch.setattr(worker.engine, "corpus_index", explode)
+    with pytest.raises(ValueError, match="broken index"):
+        worker.export_corpus_index()
+    assert len(asyncio.run(worker.generate(requests_of(2)))) == 2
