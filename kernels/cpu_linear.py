@@ -29,6 +29,9 @@ MEASURED_TOKENS = (1, 4, 16, 32)
 DENSE_TOKENS = 64
 """Number of tokens at which the dense forms are timed against each other."""
 
+PACKED_ROWS = 256
+"""Rows packed at a time, since torch wants them as int32; a multiple of the 64 that its packed form keeps together."""
+
 Product = Callable[[Tensor, Tensor | None], Tensor]
 
 
@@ -88,6 +91,11 @@ def prepare_cpu_linear(
 
     num_out, num_in = weight.q_NK.shape
     group = weight.group_size
+    if weight.bits != 4:
+        # torch has no product for 3 bits, and for 8 bits none with scales per group.
+        form = _choose_form(num_out, num_in, dtype, torch.get_num_threads())
+        dense = _dense_product(dequantize(weight, dtype), form)
+        return CpuLinear(bias, dense, None, 0, f"{form} {dtype_name(dtype)} copy of int{weight.bits}")
     if compute == "int4" and not _int4_is_possible(num_out, num_in, group):
         raise ValueError(
             f"a weight [{num_out}, {num_in}] in groups of {group} does not fit torch's int4 product, taking outputs "
@@ -103,7 +111,7 @@ def prepare_cpu_linear(
             return CpuLinear(
                 bias, None, _int4_product(weight), 0, f"int4 g{group} (too little memory for a dense copy)"
             )
-    dense = _dense_product(dequantize(weight).to(dtype), choice.form)
+    dense = _dense_product(dequantize(weight, dtype), choice.form)
     if choice.int4_max_tokens == 0:
         return CpuLinear(bias, dense, None, 0, f"{choice.form} {dtype_name(dtype)} copy of int4")
     text = f"int4 g{group} up to {choice.int4_max_tokens} tokens, {choice.form} {dtype_name(dtype)} copy above"
@@ -142,7 +150,10 @@ def _int4_is_possible(num_out: int, num_in: int, group: int) -> bool:
 
 
 def _int4_product(weight: QuantizedWeight) -> Product:
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.q_NK.int(), 1)
+    packed = torch.empty(weight.q_NK.shape[0], weight.q_NK.shape[1] // 2, dtype=torch.uint8)
+    for start in range(0, len(packed), PACKED_ROWS):
+        rows = slice(start, start + PACKED_ROWS)
+        packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.q_NK[rows].int(), 1)
     zero_NG = 8.0 if weight.zero_NG is None else weight.zero_NG.float()
     scale_NG = weight.scale_NG.float()
     # The operator computes (q - 8) * scale + zero, with [G, N, (scale, zero)] in bfloat16.
@@ -196,7 +207,7 @@ def _choose(num_out: int, num_in: int, group: int, dtype: torch.dtype, num_threa
         scale_NG=torch.full((rows, columns // group), 0.01),
         group_size=group,
     )
-    dense, int4 = _dense_product(dequantize(weight).to(dtype), form), _int4_product(weight)
+    dense, int4 = _dense_product(dequantize(weight, dtype), form), _int4_product(weight)
     int4_max_tokens = 0
     for num_tokens in MEASURED_TOKENS:
         x_TK = torch.randn(num_tokens, columns).to(dtype)

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 GROUP_SIZES = (32, 64, 128)
+BITS = (3, 4, 8)
+"""What a QuantizedWeight may have; the kernel here takes 4."""
+EXPANDED_VALUES = 1 << 22
+"""Weights made float32 at a time by `dequantize`."""
 BLOCK_K = 128
 BLOCK_N = 64
 ROW_TILES = (16, 32, 64)
@@ -40,46 +44,61 @@ MAX_SPLITS = 16
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """An int4 weight of shape [N, K] in plain form, one nibble a byte: w = scale * (q - zero).
+    """A weight of shape [N, K] in 3, 4 or 8 bits, in plain form, one value a byte: w = scale * (q - zero).
 
-    q_NK: uint8, 0 to 15. scale_NG: float32. zero_NG: uint8, 0 to 15, or None where it is 8 throughout.
+    q_NK: uint8, 0 to 2**bits - 1 (not checked). scale_NG: float32. zero_NG: uint8 in the same range, or None where it
+    is 2**(bits - 1) throughout.
     """
 
     q_NK: Tensor
     scale_NG: Tensor
     group_size: int
     zero_NG: Tensor | None = None
+    bits: int = 4
 
     def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"quantised weight: bits is {self.bits}; it must be one of {BITS}")
+        kind = f"int{self.bits} weight"
         if self.q_NK.ndim != 2 or self.q_NK.dtype != torch.uint8:
-            raise ValueError(f"int4 weight: q is {self.q_NK.dtype} {tuple(self.q_NK.shape)}; it must be uint8 [N, K]")
+            raise ValueError(f"{kind}: q is {self.q_NK.dtype} {tuple(self.q_NK.shape)}; it must be uint8 [N, K]")
         num_rows, num_columns = self.q_NK.shape
         if self.group_size not in GROUP_SIZES:
-            raise ValueError(f"int4 weight: group_size is {self.group_size}; it must be one of {GROUP_SIZES}")
+            raise ValueError(f"{kind}: group_size is {self.group_size}; it must be one of {GROUP_SIZES}")
         if num_columns == 0 or num_columns % self.group_size:
-            raise ValueError(f"int4 weight: K={num_columns} is not a multiple of group_size={self.group_size}")
+            raise ValueError(f"{kind}: K={num_columns} is not a multiple of group_size={self.group_size}")
         expected = (num_rows, num_columns // self.group_size)
         if self.scale_NG.dtype != torch.float32 or self.scale_NG.shape != expected:
             raise ValueError(
-                f"int4 weight: scale is {self.scale_NG.dtype} {tuple(self.scale_NG.shape)}; "
-                f"it must be float32 {expected}"
+                f"{kind}: scale is {self.scale_NG.dtype} {tuple(self.scale_NG.shape)}; it must be float32 {expected}"
             )
         if self.zero_NG is not None and (self.zero_NG.dtype != torch.uint8 or self.zero_NG.shape != expected):
             raise ValueError(
-                f"int4 weight: zero is {self.zero_NG.dtype} {tuple(self.zero_NG.shape)}; it must be uint8 {expected}"
+                f"{kind}: zero is {self.zero_NG.dtype} {tuple(self.zero_NG.shape)}; it must be uint8 {expected}"
             )
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.q_NK.shape[0], self.q_NK.shape[1]
 
+    @property
+    def middle(self) -> int:
+        """The zero point where there is none of its own."""
+        return 1 << (self.bits - 1)
 
-def dequantize(weight: QuantizedWeight) -> Tensor:
-    """The weight as float32 [N, K]."""
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [N, K], computed in float32 and rounded once to `dtype`; a few rows at a time, to hold little more."""
     num_rows, num_columns = weight.shape
-    q = weight.q_NK.view(num_rows, -1, weight.group_size).float()
-    zero = 8.0 if weight.zero_NG is None else weight.zero_NG.float().unsqueeze(-1)
-    return ((q - zero) * weight.scale_NG.unsqueeze(-1)).view(num_rows, num_columns)
+    dense_NK = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.q_NK.device)
+    num_rows_at_once = max(1, EXPANDED_VALUES // num_columns)
+    for start in range(0, num_rows, num_rows_at_once):
+        rows = slice(start, start + num_rows_at_once)
+        values = weight.q_NK[rows].view(-1, num_columns // weight.group_size, weight.group_size).float()
+        values -= weight.middle if weight.zero_NG is None else weight.zero_NG[rows].float().unsqueeze(-1)
+        values *= weight.scale_NG[rows].unsqueeze(-1)
+        dense_NK[rows] = values.view(-1, num_columns)
+    return dense_NK
 
 
 @triton_kernel
@@ -294,6 +313,8 @@ class Int4Linear:
     def __init__(
         self, weight: QuantizedWeight, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device
     ) -> None:
+        if weight.bits != 4:
+            raise ValueError(f"int4_linear: the weight has {weight.bits} bits; it must have 4, or be dequantised first")
         if dtype not in (torch.float16, torch.bfloat16):
             raise ValueError(f"int4_linear: dtype is {dtype}; on {device} it must be float16 or bfloat16")
         if bias is not None and bias.shape != (weight.shape[0],):

@@ -71,6 +71,30 @@ def test_without_memory_for_a_copy_only_int4_is_kept(monkeypatch):
     assert "too little memory" in linear.describe()
 
 
+def test_packing_a_few_rows_at_a_time_gives_the_packed_form_of_the_whole(monkeypatch):
+    weight = make_weight(num_out=208)
+    x = torch.randn(5, 128).bfloat16()
+    whole = prepare_cpu_linear(weight, None, dtype=torch.bfloat16, compute="int4")(x)
+    monkeypatch.setattr(cpu_linear, "PACKED_ROWS", 64)
+    assert torch.equal(prepare_cpu_linear(weight, None, dtype=torch.bfloat16, compute="int4")(x), whole)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("compute", ["auto", "int4", "dense"])
+def test_three_and_eight_bits_are_multiplied_as_a_dense_copy_and_say_so(bits, compute):
+    generator = torch.Generator().manual_seed(bits)
+    q = torch.randint(0, 2**bits, (48, 128), dtype=torch.uint8, generator=generator)
+    for zero in (None, torch.randint(0, 2**bits, (48, 4), dtype=torch.uint8, generator=generator)):
+        weight = QuantizedWeight(q, torch.rand(48, 4, generator=generator), 32, zero, bits)
+        x = torch.randn(7, 128, generator=generator)
+        by_hand = q.double() - (2 ** (bits - 1) if zero is None else zero.double().repeat_interleave(32, 1))
+        by_hand *= weight.scale_NG.double().repeat_interleave(32, 1)
+        assert torch.equal(dequantize(weight), by_hand.float())
+        linear = prepare_cpu_linear(weight, None, dtype=torch.float32, compute=compute)
+        torch.testing.assert_close(linear(x).double(), x.double() @ by_hand.T, rtol=1e-4, atol=1e-3)
+        assert f"float32 copy of int{bits}" in linear.describe()
+
+
 def test_a_shape_that_the_int4_product_does_not_take_is_refused_by_name():
     with pytest.raises(ValueError, match=r"\[40, 128\].*linear_compute"):
         prepare_cpu_linear(make_weight(num_out=40), None, dtype=torch.bfloat16, compute="int4")

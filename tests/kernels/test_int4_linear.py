@@ -148,6 +148,11 @@ def test_an_ill_formed_weight_is_refused(message):
 def test_inputs_that_do_not_fit_are_refused(device):
     with pytest.raises(ValueError, match="float16 or bfloat16"):
         Int4Linear(quantized(), None, dtype=torch.float32, device=device)
+    eight = QuantizedWeight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2), 32, bits=8)
+    with pytest.raises(ValueError, match="the weight has 8 bits; it must have 4"):
+        Int4Linear(eight, None, dtype=torch.float16, device=device)
+    with pytest.raises(ValueError, match="bits is 5"):
+        QuantizedWeight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2), 32, bits=5)
     with pytest.raises(ValueError, match="bias is"):
         Int4Linear(quantized(), torch.zeros(5), dtype=torch.float16, device=device)
     layer = Int4Linear(quantized(), None, dtype=torch.float16, device=device)
