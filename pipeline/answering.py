@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from actors.requests import Completion, EngineError, Request, RowError
+from pipeline.drafts import DraftCounts, sum_drafts
 
 GIVE_UP_AFTER = 5
 """An engine that breaks on so many rows in a row, each alone, is broken whatever the row."""
@@ -47,6 +48,7 @@ class Answerer:
         self.lost_s = 0.0
         self._answered_s = 0.0
         self._totals = dict.fromkeys(TIMES, 0.0)
+        self._drafts_before = DraftCounts()
         self._rebuilding = asyncio.Lock()
         self._turns = _Turns()
 
@@ -90,6 +92,10 @@ class Answerer:
         stats = self.worker.stats()
         return {name: self._totals[name] + getattr(stats, name) for name in TIMES}
 
+    def drafts(self) -> DraftCounts:
+        """What the drafters of all engines did so far."""
+        return sum_drafts([self._drafts_before, DraftCounts.of_worker(self.worker.stats())])
+
     @property
     def unanswered_s(self) -> float:
         return self.worker.stats().busy_s - self._answered_s
@@ -101,6 +107,7 @@ class Answerer:
     def _retire(self) -> None:
         self.lost_s += self.unanswered_s
         self._totals = self.times()
+        self._drafts_before = self.drafts()
         self._answered_s = 0.0
 
     async def _answer_alone(self, requests: Sequence[Request], try_rows: TryRows | None) -> dict[str, Completion]:
@@ -133,9 +140,10 @@ class Answerer:
         async with self._rebuilding:
             if self.worker is not broken:
                 return
-            self._retire()
             await asyncio.to_thread(broken.close)
-            self.worker = await asyncio.to_thread(self._new_worker)
+            worker = await asyncio.to_thread(self._new_worker)
+            self._retire()  # in one go with the change: whoever asks for totals meanwhile must not see its part twice
+            self.worker = worker
             self.num_rebuilds += 1
 
 

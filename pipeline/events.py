@@ -20,8 +20,8 @@ class ShardPlanned:
 
 @dataclass(frozen=True, slots=True)
 class SliceDone:
-    """A slice is published, by this run or (`is_new` false) before. Token counts are of computed rows; `rows` counts
-    folded ones too."""
+    """A slice is published, by this run or (`is_new` false) before. Token counts are of computed rows, those of drafts
+    of all that the worker did meanwhile; `rows` counts folded ones too."""
 
     shard: str
     is_new: bool
@@ -34,6 +34,9 @@ class SliceDone:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    num_verify_steps: int
     device_seconds: float
     cost_usd: float
     overhead_s: float

@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from pipeline.drafts import DraftCounts, DrafterCount, acceptance_length, sum_drafts
 from pipeline.parquet import read_metadata
 from pipeline.pricing import SECONDS_PER_HOUR
 from pipeline.results import FOOTER_THREADS, METRICS
@@ -24,6 +25,15 @@ from pipeline.storage import Storage
 RUNS = "_runs"
 ROUNDING = 1e-9
 """Relative tolerance of every sum here: parts are added with `math.fsum`, so only their own rounding is left."""
+
+
+_COLUMNS_OF_LATER_VERSIONS: dict[str, Any] = {
+    "num_verify_steps": 0,
+    "num_drafter_failures": 0,
+    "saved_by_speculation_seconds": 0.0,
+    "drafters": [],
+}
+"""What the metrics of version 0.1 lack; `shoal status` reads them all the same."""
 
 
 class LedgerError(AssertionError):
@@ -66,7 +76,10 @@ class RunRecord:
 
 @dataclass(slots=True)
 class Bill:
-    """Sums over all published shards and all runs; `device_seconds` = busy + load + idle + lost, exactly."""
+    """Sums over all published shards and all runs; `device_seconds` = busy + load + idle + lost, exactly.
+
+    `drafted_tokens` and `accepted_tokens` are the rows'; `drafters` and the rates have the drafts of answers that were
+    thrown away too."""
 
     num_shards: int = 0
     rows: int = 0
@@ -78,6 +91,9 @@ class Bill:
     completion_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    num_verify_steps: int = 0
+    num_drafter_failures: int = 0
+    drafters: list[DrafterCount] = field(default_factory=list)
     duplicate_prompt_tokens: int = 0
     duplicate_completion_tokens: int = 0
     achievable_prefix_tokens: int = 0
@@ -97,12 +113,19 @@ class Bill:
     tokens_per_second: float | None = None
     prefix_hit_rate: float | None = None
     prefix_hit_rate_achievable: float | None = None
+    acceptance_rate: float | None = None
+    acceptance_length: float | None = None
     saved_by_prefix_cache_estimate_s: float = 0.0
     saved_by_folding_estimate_s: float = 0.0
+    saved_by_speculation_estimate_s: float = 0.0
     price_source: str = ""
     devices: str = ""
     num_runs: int = 0
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def has_drafts(self) -> bool:
+        return self.num_drafter_failures > 0 or any(drafter.drafted_tokens for drafter in self.drafters)
 
     @property
     def computed_prompt_tokens(self) -> int:
@@ -151,6 +174,7 @@ def add_up(metrics: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> Bill
     bill.wall_s = math.fsum(run.wall_s for run in runs)
     bill.price_source = _joined(row["price_source"] for row in metrics)
     bill.devices = _joined(row["device"] for row in metrics)
+    _add_drafts(bill, sum_drafts(_drafts_of(row) for row in metrics))
     bill.notes = sorted({note for row in metrics for note in row["notes"]} | {n for run in runs for n in run.notes})
     _add_rates(bill)
     _check(bill, metrics, runs)
@@ -166,7 +190,7 @@ def read_metrics(output: Storage) -> list[dict[str, Any]]:
     def read(path: str) -> dict[str, Any]:
         with output.open_input(path) as source:
             (row,) = pq.ParquetFile(source).read().to_pylist()
-        return row
+        return {**_COLUMNS_OF_LATER_VERSIONS, **row}
 
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         return list(pool.map(read, [file.path for file in output.list(METRICS)]))
@@ -223,6 +247,23 @@ def _add_rates(bill: Bill) -> None:
     bill.prefix_hit_rate_achievable = _ratio(bill.achievable_prefix_tokens, bill.computed_prompt_tokens)
     bill.tokens_per_second = _ratio(bill.computed_tokens, bill.busy_s)
     bill.usd_per_million_tokens = _ratio(bill.cost_usd * 1e6, bill.computed_tokens)
+
+
+def _drafts_of(row: dict[str, Any]) -> DraftCounts:
+    return DraftCounts(
+        row["num_verify_steps"],
+        row["num_drafter_failures"],
+        row["saved_by_speculation_seconds"],
+        [DrafterCount(**drafter) for drafter in row["drafters"]],
+    )
+
+
+def _add_drafts(bill: Bill, drafts: DraftCounts) -> None:
+    bill.num_verify_steps, bill.num_drafter_failures = drafts.num_verify_steps, drafts.num_failures
+    bill.drafters = drafts.drafters
+    bill.acceptance_rate = _ratio(drafts.accepted_tokens, drafts.drafted_tokens)
+    bill.acceptance_length = acceptance_length(drafts.accepted_tokens, drafts.num_verify_steps)
+    bill.saved_by_speculation_estimate_s = drafts.saved_s
 
 
 def _check(bill: Bill, metrics: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> None:

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.drafts import acceptance_length
 from pipeline.events import Event, ShardDone, ShardFailed, ShardPlanned, SliceDone
 from pipeline.ledger import Bill, InProgress
 from pipeline.pricing import SECONDS_PER_HOUR
@@ -39,6 +40,9 @@ class Tally:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    num_verify_steps: int = 0
     cost_usd: float = 0.0
     slice_wall_s: float = 0.0
     num_engine_rebuilds: int = 0
@@ -95,6 +99,9 @@ class Tally:
         self.prompt_tokens += event.prompt_tokens
         self.cached_tokens += event.cached_tokens
         self.completion_tokens += event.completion_tokens
+        self.drafted_tokens += event.drafted_tokens
+        self.accepted_tokens += event.accepted_tokens
+        self.num_verify_steps += event.num_verify_steps
         self.slice_wall_s += event.wall_s
         self.num_engine_rebuilds = max(self.num_engine_rebuilds, event.num_engine_rebuilds)
         self.cost_usd += event.cost_usd + event.overhead_s * event.usd_per_device_hour / SECONDS_PER_HOUR
@@ -154,6 +161,11 @@ def describe(tally: Tally) -> str:
         parts.append(f"{tally.tokens_per_s or 0:,.0f} tokens/s")
     if tally.hit_rate is not None:
         parts.append(f"prefix hits {tally.hit_rate:.0%}")
+    if tally.drafted_tokens:
+        length = acceptance_length(tally.accepted_tokens, tally.num_verify_steps)
+        parts.append(
+            f"drafts {tally.accepted_tokens / tally.drafted_tokens:.0%} accepted, {decimal(length)} tokens a step"
+        )
     if tally.rows_error:
         parts.append(f"{tally.rows_error:,} error rows")
     parts.append(f"{usd(tally.cost_usd)} so far")
@@ -175,6 +187,8 @@ def bill_table(bill: Bill, place: str, in_progress: InProgress | None = None) ->
     table.add_row(
         "prefix hits", f"{percent(bill.prefix_hit_rate)} of {percent(bill.prefix_hit_rate_achievable)} achievable"
     )
+    if bill.has_drafts:
+        table.add_row("speculation", _describe_speculation(bill))
     table.add_row(
         "throughput", f"{bill.tokens_per_second or 0:,.0f} tokens per busy device-second (prompt + completion)"
     )
@@ -190,15 +204,28 @@ def bill_table(bill: Bill, place: str, in_progress: InProgress | None = None) ->
     )
     if bill.price_source:
         table.add_row("price", bill.price_source)
+    by_drafts = f", speculation {signed_seconds(bill.saved_by_speculation_estimate_s)}" if bill.has_drafts else ""
     table.add_row(
         "saved (estimate)",
         f"prefix cache {seconds(bill.saved_by_prefix_cache_estimate_s)}, "
-        f"folded duplicates {seconds(bill.saved_by_folding_estimate_s)} of device time",
+        f"folded duplicates {seconds(bill.saved_by_folding_estimate_s)}{by_drafts} of device time",
     )
     for note in bill.notes:
         table.add_row("note", note)
     table.add_row("files", place)
     return table
+
+
+def _describe_speculation(bill: Bill) -> str:
+    """All from the drafters' own counts, so that the parts sum to the whole in mid-run too."""
+    drafted = sum(drafter.drafted_tokens for drafter in bill.drafters)
+    accepted = sum(drafter.accepted_tokens for drafter in bill.drafters)
+    parts = ", ".join(f"{d.drafter} {d.accepted_tokens:,}/{d.drafted_tokens:,}" for d in bill.drafters)
+    failed = f"; {bill.num_drafter_failures:,} switched off after a failure" if bill.num_drafter_failures else ""
+    return (
+        f"{drafted:,} drafted, {accepted:,} accepted ({percent(bill.acceptance_rate)}), "
+        f"acceptance length {decimal(bill.acceptance_length)}; {parts}{failed}"
+    )
 
 
 def seconds(value: float) -> str:
@@ -212,6 +239,15 @@ def seconds(value: float) -> str:
 
 def usd(value: float) -> str:
     return f"${value:,.2f}" if value >= 10 else f"${value:.6f}".rstrip("0").rstrip(".") if value else "$0"
+
+
+def signed_seconds(value: float) -> str:
+    """An estimate that may be below 0."""
+    return f"-{seconds(-value)}" if value <= -0.05 else seconds(value)
+
+
+def decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def percent(value: float | None) -> str:

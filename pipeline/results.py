@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.drafts import DrafterCount, acceptance_length, sum_drafts
 from pipeline.job import Job
 from pipeline.parquet import ParquetBuffer, read_metadata, to_parquet
 from pipeline.pricing import Price
@@ -65,7 +66,9 @@ class ShardMetrics:
 
     Token counts are the sums of the results' columns; `duplicate_*` is the part of them that was not computed
     again. `device_seconds` and `cost_usd` are the rows'; load and idle, with their cost in `overhead_usd`, are what
-    the workers did besides while this shard's slices were being published.
+    the workers did besides while this shard's slices were being published. So are `num_verify_steps`, `drafters`,
+    their failures and the estimate of what they saved: all that the workers' drafters did meanwhile, for whichever
+    shard; over the run they are the whole.
     """
 
     shard: str
@@ -97,6 +100,11 @@ class ShardMetrics:
     prefix_hit_rate: float | None
     prefix_hit_rate_achievable: float | None
     acceptance_rate: float | None
+    acceptance_length: float | None
+    num_verify_steps: int
+    num_drafter_failures: int
+    saved_by_speculation_seconds: float
+    drafters: list[DrafterCount]
     time_to_first_token_p50_s: float | None
     time_to_first_token_p90_s: float | None
     time_to_first_token_p99_s: float | None
@@ -122,6 +130,9 @@ _METRIC_TYPES = {
     "float": pa.float64(),
     "float | None": pa.float64(),
     "list[str]": pa.list_(pa.string()),
+    "list[DrafterCount]": pa.list_(
+        pa.struct([("drafter", pa.string()), ("drafted_tokens", pa.int64()), ("accepted_tokens", pa.int64())])
+    ),
 }
 METRICS_SCHEMA = pa.schema([pa.field(column.name, _METRIC_TYPES[str(column.type)]) for column in fields(ShardMetrics)])
 
@@ -264,6 +275,7 @@ def _measure(
     computed_tokens = prompt_tokens + completion_tokens
     first = _percentiles(answers["time_to_first_token_s"])
     between = _percentiles(answers["inter_token_s"])
+    drafts = sum_drafts(t.drafts for t in times)
     return ShardMetrics(
         shard=shard.name,
         rows_in=shard.num_rows,
@@ -294,6 +306,11 @@ def _measure(
         prefix_hit_rate=_ratio(total("cached_tokens"), prompt_tokens),
         prefix_hit_rate_achievable=_ratio(achievable, prompt_tokens),
         acceptance_rate=_ratio(total("accepted_tokens"), total("drafted_tokens")),
+        acceptance_length=acceptance_length(drafts.accepted_tokens, drafts.num_verify_steps),
+        num_verify_steps=drafts.num_verify_steps,
+        num_drafter_failures=drafts.num_failures,
+        saved_by_speculation_seconds=drafts.saved_s,
+        drafters=drafts.drafters,
         time_to_first_token_p50_s=first[0],
         time_to_first_token_p90_s=first[1],
         time_to_first_token_p99_s=first[2],

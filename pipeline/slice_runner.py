@@ -18,6 +18,7 @@ from actors.config import EngineConfig
 from actors.requests import Completion, Request, RowError
 from pipeline.admission import Attempt
 from pipeline.answering import Answerer, Worker, poisonous
+from pipeline.drafts import DraftCounts, failures_of
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job
 from pipeline.parquet import read_metadata
@@ -147,7 +148,8 @@ class SliceRunner:
             usd_per_device_hour=self._price.usd_per_device_hour,
             price_source=self._price.source,
             achievable_prefix_tokens=slice_.achievable_prefix_tokens,
-            notes=list(stats.notes),
+            notes=[*stats.notes, *failures_of(stats)],
+            drafts=self._meter.take_drafts(self._answerer),
             **self._meter.take(self._answerer),
         )
 
@@ -164,13 +166,15 @@ class SliceRunner:
 
 
 class _Meter:
-    """Splits the time that a worker is held into what each published slice shows of it, without gap or overlap."""
+    """Splits the time that a worker is held, and its drafts, into what each published slice shows of them, without gap
+    or overlap."""
 
     def __init__(self, lost_before_s: float) -> None:
         self._mark = time.perf_counter()
         self._seen: dict[str, float] = {}
         self._write_s = 0.0
         self._lost_before_s = lost_before_s
+        self._seen_drafts = DraftCounts()
 
     def add_write(self, seconds: float) -> None:
         self._write_s += seconds
@@ -187,6 +191,11 @@ class _Meter:
         self._mark, self._seen = now, totals
         return since
 
+    def take_drafts(self, answerer: Answerer) -> DraftCounts:
+        """What drafters did since the last call."""
+        before, self._seen_drafts = self._seen_drafts, answerer.drafts()
+        return self._seen_drafts.since(before)
+
 
 def _summarise(
     slice_: Slice, completions: Sequence[Completion], times: SliceTimes, num_rebuilds: int, usd_per_second: float
@@ -201,6 +210,9 @@ def _summarise(
         "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
         "cached_tokens": sum(usage.cached_tokens for usage in usages),
         "completion_tokens": sum(usage.completion_tokens for usage in usages),
+        "drafted_tokens": times.drafts.drafted_tokens,
+        "accepted_tokens": times.drafts.accepted_tokens,
+        "num_verify_steps": times.drafts.num_verify_steps,
         "device_seconds": device_seconds,
         "cost_usd": device_seconds * usd_per_second,
         "overhead_s": times.load_s + times.idle_s + times.lost_s,

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.requests import Completion, SamplingParams, TokenLogprob
+from pipeline.drafts import DraftCounts
 from pipeline.parquet import METADATA_KEY, read_metadata, to_parquet
 from pipeline.prefix_plan import PlannedRow, ShardPlan, Slice
 from pipeline.pricing import Price
@@ -117,6 +118,7 @@ class SliceTimes:
     usd_per_device_hour: float = 0.0
     price_source: str = ""
     achievable_prefix_tokens: int = 0
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     notes: list[str] = field(default_factory=list)
 
 
@@ -213,6 +215,7 @@ def read_slices(
             raise ShardError(
                 f"the slice {path} cannot be read ({error}) and was removed; run the same command again to compute it"
             ) from error
+        own["drafts"] = DraftCounts.from_json(own["drafts"])
         times.append(SliceTimes(**{f.name: own[f.name] for f in fields(SliceTimes)}))
     return pa.concat_tables(tables).combine_chunks(), times
 

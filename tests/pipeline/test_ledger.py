@@ -6,10 +6,15 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from pipeline.ledger import LedgerError, RunRecord, WorkerTime, add_up, read_runs, write_run
+from pipeline.drafts import DrafterCount
+from pipeline.ledger import LedgerError, RunRecord, WorkerTime, add_up, read_bill, read_runs, write_run
 from pipeline.pricing import LIST_PRICES_USD_PER_HOUR, price_of
+from pipeline.progress import bill_table
 from pipeline.results import METRICS_SCHEMA
 from pipeline.storage import Storage
 
@@ -26,6 +31,7 @@ def metrics_row(**values: Any) -> dict[str, Any]:
     row.update(device_seconds=3.1, load_seconds=0.4, idle_seconds=0.2, lost_seconds=0.1)
     row.update(prefill_seconds=0.9, decode_seconds=1.8, cost_usd=3.1 * PRICE_USD / 3600)
     row.update(overhead_usd=0.7 * PRICE_USD / 3600, usd_per_device_hour=PRICE_USD, device="cpu", price_source="job")
+    row.update(saved_by_speculation_seconds=0.0, drafters=[])
     row.update(notes=["a note"], achievable_prefix_tokens=600, **values)
     return row
 
@@ -65,6 +71,43 @@ def test_shards_computed_at_two_prices_have_no_single_one_and_still_add_up():
 def test_an_output_without_any_shard_has_an_empty_bill():
     bill = add_up([], [])
     assert bill.rows == 0 and bill.cost_usd == 0.0 and bill.prefix_hit_rate is None
+
+
+def test_drafts_add_up_per_drafter_and_the_rates_are_of_the_sums():
+    ngram = {"drafter": "ngram", "drafted_tokens": 40, "accepted_tokens": 10}
+    corpus = {"drafter": "corpus", "drafted_tokens": 60, "accepted_tokens": 50}
+    speculation = {"num_verify_steps": 15, "saved_by_speculation_seconds": 1.5}
+    rows = [metrics_row(drafters=[ngram], **speculation), metrics_row(drafters=[corpus, ngram], **speculation)]
+    rows.append(metrics_row(num_drafter_failures=1, saved_by_speculation_seconds=-0.5))
+    bill = add_up(rows, [])
+    assert bill.drafters == [DrafterCount("corpus", 60, 50), DrafterCount("ngram", 80, 20)]
+    assert (bill.acceptance_rate, bill.acceptance_length) == (70 / 140, 1 + 70 / 30)
+    assert (bill.saved_by_speculation_estimate_s, bill.num_drafter_failures) == (2.5, 1)
+
+
+def test_the_bill_shows_speculation_where_there_were_drafts_and_only_there():
+    def shown(row: dict[str, Any]) -> str:
+        console = Console(width=120)
+        with console.capture() as text:
+            console.print(bill_table(add_up([row], []), "out"))
+        return " ".join(text.get().split())
+
+    drafters = [{"drafter": "ngram", "drafted_tokens": 4000, "accepted_tokens": 1000}]
+    said = shown(
+        metrics_row(drafters=drafters, num_verify_steps=500, num_drafter_failures=1, saved_by_speculation_seconds=-3.14)
+    )
+    assert "4,000 drafted, 1,000 accepted (25.0%), acceptance length 3.0; ngram 1,000/4,000" in said
+    assert "1 switched off after a failure" in said and "speculation -3.1 s of device time" in said
+    assert "speculation" not in shown(metrics_row())
+
+
+def test_metrics_of_a_version_without_speculation_are_read_all_the_same(tmp_path):
+    row = {**metrics_row(), "shard": "a"}
+    new = ("num_verify_steps", "num_drafter_failures", "saved_by_speculation_seconds", "drafters", "acceptance_length")
+    schema = pa.schema([field for field in METRICS_SCHEMA if field.name not in new])
+    (tmp_path / "metrics").mkdir()
+    pq.write_table(pa.Table.from_pylist([row], schema=schema), tmp_path / "metrics" / "a.parquet")
+    assert read_bill(Storage(str(tmp_path))).drafters == []
 
 
 def test_a_runs_record_reads_back(tmp_path):

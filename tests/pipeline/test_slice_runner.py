@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from fake_worker import FIRST_CHARACTER, FakeWorkers, LocalGate, answer_to
+from fake_worker import ACCEPTED, DRAFTED, FIRST_CHARACTER, FakeWorkers, LocalGate, answer_to
 
 from actors.requests import RowError
 from pipeline.admission import Admission
+from pipeline.drafts import DrafterCount, sum_drafts
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job, job_from_dict
 from pipeline.prefix_plan import PlannedRow, Slice
@@ -106,6 +107,35 @@ def test_a_worker_that_died_and_a_broken_engine_are_on_the_bill_as_lost(tmp_path
     rows, (times,) = read(job, asyncio.run(go()))
     assert times.lost_s == pytest.approx(9.0, abs=1e-3)
     assert [row["error"] and row["error"]["kind"] for row in rows] == [None, "engine_error"]
+
+
+def test_slices_sum_to_all_that_the_drafters_did_and_engines_that_broke_are_in_the_sum(tmp_path, fake_workers):
+    job, workers = make_job(tmp_path), fake_workers(delay_s=0.02, drafts=True)
+    slices = [make_slice(0, "x", "y"), make_slice(1, "z", "BREAK"), make_slice(2, "u", "v", "w")]
+    rows, times = read(job, *run_slices(job, workers, *slices))
+    num_drafted = workers.num_drafted()
+    assert num_drafted > 7, "rows were tried again after the engine broke"
+    drafts = sum_drafts(t.drafts for t in times)
+    assert drafts.drafters == [
+        DrafterCount(name, num_drafted * DRAFTED[name], num_drafted * ACCEPTED[name]) for name in DRAFTED
+    ]
+    assert (drafts.num_verify_steps, drafts.saved_s) == (num_drafted, 0.25 * num_drafted)
+    assert [row["drafted_tokens"] for row in rows] == [0 if row["error"] else sum(DRAFTED.values()) for row in rows]
+
+
+def test_a_drafter_that_failed_is_noted_and_counted_once(tmp_path, fake_workers):
+    job = make_job(tmp_path)
+
+    async def go() -> list[SliceDone | SliceDropped]:
+        runner, _ = await start(job, fake_workers(drafts=True))
+        return [await runner.run(make_slice(i, prompt)) for i, prompt in enumerate(["x", "FAIL", "y"])]
+
+    events = asyncio.run(go())
+    rows, times = read(job, *events)
+    assert [t.drafts.num_failures for t in times] == [0, 1, 0]
+    note = "the drafter corpus failed and was switched off: out of luck"
+    assert [note in t.notes for t in times] == [False, True, True]
+    assert all(row["error"] is None for row in rows)
 
 
 def test_nothing_is_begun_once_the_run_is_being_stopped(tmp_path, fake_workers):

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from actors.config import EngineConfig
-from actors.requests import Completion, EngineError, Output, Request, Usage
+from actors.requests import Completion, DrafterStats, EngineError, Output, Request, Usage
 from pipeline.admission import Admission, Attempt
 
 FIRST_CHARACTER = 30
 """The test tokenizer's token ids are ASCII codes less this."""
+
+DRAFTED = {"corpus": 6, "ngram": 4}
+ACCEPTED = {"corpus": 5, "ngram": 1}
 
 
 @dataclass(slots=True)
@@ -27,6 +30,9 @@ class FakeStats:
     busy_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    num_verify_steps: int = 0
+    saved_by_speculation_s: float = 0.0
+    drafters: tuple[DrafterStats, ...] = ()
     peak_pages: int = 3
     device: str = "cpu"
     notes: tuple[str, ...] = ("fake",)
@@ -37,14 +43,25 @@ class FakeWorkers:
     """Makes workers. `log` gets a line `pid row-id` per request that enters an engine.
 
     A prompt with BREAK in it breaks the engine, one with KILL kills the process; `load_s` and `delay_s` are waited.
+    With `drafts`, its drafters guess DRAFTED tokens for each row and ACCEPTED of them are right, in one step; one with
+    FAIL in it makes the drafter "corpus" fail.
     """
 
     log: Path
     delay_s: float = 0.0
     load_s: float = 0.0
+    drafts: bool = False
 
     def __call__(self, config: EngineConfig) -> FakeWorker:
         return FakeWorker(self)
+
+    @property
+    def drafted_log(self) -> Path:
+        return self.log.with_suffix(".drafted")
+
+    def num_drafted(self) -> int:
+        """Rows that drafts were made for, answered or not, over all processes."""
+        return len(self.drafted_log.read_text().splitlines())
 
     def asked(self) -> list[str]:
         """Row ids in the order of asking, over all processes."""
@@ -61,6 +78,7 @@ class FakeWorkers:
 class FakeWorker:
     settings: FakeWorkers
     is_broken: bool = False
+    has_failed: bool = False
     stats_: FakeStats = field(default_factory=FakeStats)
 
     def __post_init__(self) -> None:
@@ -75,6 +93,8 @@ class FakeWorker:
         texts = [prompt_of(request) for request in requests]
         if any("KILL" in text for text in texts):
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.settings.drafts and not self.is_broken:
+            self._draft(texts)
         self.is_broken |= any("BREAK" in text for text in texts)
         if self.is_broken:
             raise EngineError("the fake engine is broken")
@@ -86,11 +106,33 @@ class FakeWorker:
     def close(self) -> None:
         self.is_broken = True
 
+    def _draft(self, prompts: list[str]) -> None:
+        """Count drafts for these rows, before it is known whether the engine breaks on them."""
+        with self.settings.drafted_log.open("a") as log:
+            log.write("row\n" * len(prompts))
+        stats = self.stats_
+        stats.num_verify_steps += len(prompts)
+        stats.saved_by_speculation_s += 0.25 * len(prompts)
+        self.has_failed |= any("FAIL" in prompt for prompt in prompts)
+        seen = {drafter.name: drafter for drafter in stats.drafters}
+        stats.drafters = tuple(
+            DrafterStats(
+                name,
+                len(prompts) * DRAFTED[name] + (seen[name].drafted_tokens if seen else 0),
+                len(prompts) * ACCEPTED[name] + (seen[name].accepted_tokens if seen else 0),
+                proposing_s=0.0,
+                failed="out of luck" if name == "corpus" and self.has_failed else "",
+            )
+            for name in DRAFTED
+        )
+
     def _answer(self, request: Request) -> Completion:
         num_tokens, seconds = len(request.prompt_token_ids), 1e-6
         self.stats_.busy_s += seconds
         self.stats_.decode_s += seconds
         usage = Usage(prompt_tokens=num_tokens, completion_tokens=5, device_seconds=seconds, time_to_first_token_s=0.1)
+        if self.settings.drafts:
+            usage.drafted_tokens, usage.accepted_tokens = sum(DRAFTED.values()), sum(ACCEPTED.values())
         outputs = [
             Output(i, f"{answer_to(prompt_of(request))}{f' {i}' if i else ''}", [1, 2, 3, 4, 5], "stop", -0.5)
             for i in range(request.sampling.n)
