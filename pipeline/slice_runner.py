@@ -24,9 +24,13 @@ from pipeline.job import Job
 from pipeline.parquet import read_metadata
 from pipeline.prefix_plan import Slice
 from pipeline.pricing import price_of
+from pipeline.saved_index import SavedIndex
 from pipeline.shards import ShardError
 from pipeline.slices import SliceName, SliceTimes, publish_slice, slice_table
 from pipeline.storage import Storage
+
+MAX_SAVE_WAIT_S = 5.0
+"""How long a slice's event waits for the drafters' index to be saved: after a run's last event its workers are gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +71,9 @@ class SliceRunner:
         self._output = spec.output
         self._name, self._node = worker, node
         self._meter = _Meter(lost_before_s)
+        self._index = SavedIndex(self._output, spec.run, worker, spec.job.engine.speculative_config)
+        self._saving: asyncio.Task[None] | None = None
+        self._num_in_flight = 0
         self._answerer = Answerer(self._new_worker)
         self._device = _device_name(str(self._answerer.worker.stats().device))
         self._price = price_of(self._device, spec.job.pricing.usd_per_device_hour)
@@ -78,11 +85,26 @@ class SliceRunner:
         if attempt.action == "stop":
             return SliceDropped(*key)
         name = SliceName.of(slice_, slice_.index, self._spec.fingerprint)
+        self._num_in_flight += 1
         event = await asyncio.to_thread(self._find, slice_.shard, name) if attempt.number > 1 else None
         if event is None:
             event = await self._run(slice_, name, attempt)
         await self._gate.finish(key, self._answerer.unanswered_s)
+        self._num_in_flight -= 1
+        await self._save_index()
         return event
+
+    async def _save_index(self) -> None:
+        """Save what drafters have learnt, if it is time to; wait for it only when there is nothing else to do."""
+        is_idle = self._num_in_flight == 0
+        if self._saving is None and self._index.is_due(is_idle=is_idle):
+            self._saving = asyncio.create_task(asyncio.to_thread(self._index.save_from, self._answerer.worker))
+            self._saving.add_done_callback(self._note_saved)
+        if is_idle and self._saving is not None:
+            await asyncio.wait({self._saving}, timeout=MAX_SAVE_WAIT_S)
+
+    def _note_saved(self, task: asyncio.Task[None]) -> None:
+        self._saving = None
 
     def _find(self, shard: str, name: SliceName) -> SliceDone | None:
         """A worker that died after publishing, and before anybody heard of it, has left the slice behind."""
@@ -148,7 +170,7 @@ class SliceRunner:
             usd_per_device_hour=self._price.usd_per_device_hour,
             price_source=self._price.source,
             achievable_prefix_tokens=slice_.achievable_prefix_tokens,
-            notes=[*stats.notes, *failures_of(stats)],
+            notes=[*stats.notes, *failures_of(stats), *self._index.notes],
             drafts=self._meter.take_drafts(self._answerer),
             **self._meter.take(self._answerer),
         )
@@ -159,10 +181,13 @@ class SliceRunner:
             # Ray sets OMP_NUM_THREADS to the CPUs that an actor reserves; on a CPU the engine is to have the machine.
             config = config.model_copy(update={"num_threads": _threads_per_actor(self._spec.job)})
         if self._spec.new_worker is not None:
-            return self._spec.new_worker(config)
-        from actors.worker import EngineWorker
+            worker = self._spec.new_worker(config)
+        else:
+            from actors.worker import EngineWorker
 
-        return EngineWorker(config)
+            worker = EngineWorker(config)
+        self._index.load_into(worker)
+        return worker
 
 
 class _Meter:

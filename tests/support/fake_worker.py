@@ -22,6 +22,7 @@ FIRST_CHARACTER = 30
 
 DRAFTED = {"corpus": 6, "ngram": 4}
 ACCEPTED = {"corpus": 5, "ngram": 1}
+INDEX_WORD = "fake-index"
 
 
 @dataclass(slots=True)
@@ -79,6 +80,7 @@ class FakeWorker:
     settings: FakeWorkers
     is_broken: bool = False
     has_failed: bool = False
+    learnt: set[str] = field(default_factory=set)
     stats_: FakeStats = field(default_factory=FakeStats)
 
     def __post_init__(self) -> None:
@@ -98,10 +100,24 @@ class FakeWorker:
         self.is_broken |= any("BREAK" in text for text in texts)
         if self.is_broken:
             raise EngineError("the fake engine is broken")
+        self.learnt.update(word for text in texts for word in text.split())
         return [self._answer(request) for request in requests]
 
     def stats(self) -> FakeStats:
         return FakeStats(**{name: getattr(self.stats_, name) for name in FakeStats.__slots__})
+
+    def export_corpus_index(self) -> bytes | None:
+        """The fake index: a word that says what it is, and the words of all answered prompts."""
+        if not self.settings.drafts:
+            return None
+        return " ".join([INDEX_WORD, *sorted(self.learnt)]).encode()
+
+    def import_corpus_index(self, data: bytes) -> bool:
+        words = data.decode().split()
+        if words[:1] != [INDEX_WORD]:
+            return False
+        self.learnt.update(words[1:])
+        return True
 
     def close(self) -> None:
         self.is_broken = True
