@@ -32,6 +32,7 @@ from actors.requests import (
 from actors.runner import Runner, SampledToken
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
+from actors.speculation import Speculation
 from actors.stopping import finish_reason_of, text_of
 from kernels.cpu_linear import available_memory_bytes, dtype_name, fastest_cpu_dtype
 
@@ -103,6 +104,7 @@ class Engine:
             self.decoder.num_linear_weights, self.decoder.kv_bytes_per_token, self.device, self.dtype
         )
         self.stats = EngineStats()
+        self._speculation: Speculation | None = None
         self._rows: dict[str, _Row] = {}
         self._refused: list[Completion] = []
         self.load_s = time.perf_counter() - started
@@ -142,9 +144,15 @@ class Engine:
             return refused
         started = time.perf_counter_ns()
         plan = self.scheduler.plan_step()
+        if self._speculation is not None:
+            self._speculation.draft(plan, self.scheduler, self._runner)
         tokens, weights = self._runner.run(plan, self._costs)
         self.scheduler.commit(plan)
-        finished = [sequence for token in tokens if (sequence := self._take(token)).finish_reason is not None]
+        for sequence, sampled in tokens.items():
+            self._take(sequence, plan.drafts.get(sequence, []), sampled)
+        if self._speculation is not None:
+            self._speculation.learn(plan)
+        finished = [sequence for sequence in tokens if sequence.finish_reason is not None]
         for sequence in finished:
             if sequence.finish_reason == "error":
                 self._runner.clear_pages(self.scheduler.discard(sequence))
@@ -202,13 +210,23 @@ class Engine:
             )
         return None
 
-    def _take(self, sampled: SampledToken) -> Sequence:
-        """Append a sampled token to its sequence and judge whether it ends there."""
-        sequence = sampled.sequence
+    def _take(self, sequence: Sequence, draft: list[int], sampled: list[SampledToken]) -> None:
+        """Append what was sampled: the first token, and those after draft tokens as long as the draft was right."""
+        for i, token in enumerate(sampled):
+            self._append(sequence, token)
+            if sequence.finish_reason is not None or i == len(draft) or draft[i] != token.token_id:
+                break
+            # The draft token was this one, so its keys and values are in the pages already.
+            sequence.num_computed += 1
+        if sequence.finish_reason is None and not all(math.isfinite(t.logprob) for t in sampled[i + 1 :]):
+            self._runner.clear_rejected(sequence)
+
+    def _append(self, sequence: Sequence, sampled: SampledToken) -> None:
+        """Append one token to a sequence and judge whether it ends there."""
         sequence.append(sampled.token_id, sampled.logprob)
         if not math.isfinite(sampled.logprob):
             sequence.finish_reason = "error"
-            return sequence
+            return
         if sequence.logprobs is not None:
             top = sampled.top[: sequence.request.sampling.logprobs]
             sequence.logprobs.append(
@@ -220,7 +238,6 @@ class Engine:
                 )
             )
         sequence.finish_reason = finish_reason_of(sequence, self.eos_token_ids, self.tokenizer)
-        return sequence
 
     def _close(self, sequence: Sequence) -> _Row | None:
         """Note a finished sequence; returns its row if that was the last."""
@@ -236,6 +253,8 @@ class Engine:
             prompt_tokens=first.num_prompt,
             cached_tokens=first.num_cached,
             completion_tokens=sum(s.num_generated for s in row.sequences),
+            drafted_tokens=sum(s.num_drafted for s in row.sequences),
+            accepted_tokens=sum(s.num_accepted for s in row.sequences),
             device_seconds=sum(s.device_ns for s in row.sequences) / 1e9,
             time_to_first_token_s=min(s.first_token_at - s.added_at for s in row.sequences if s.first_token_at),
             inter_token_s=first.mean_inter_token_s,

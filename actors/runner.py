@@ -22,12 +22,23 @@ from kernels.sampling import Penalties, SamplingBatch
 
 @dataclass(slots=True)
 class SampledToken:
-    """One token for one sequence; `top` holds (token id, log-probability) of the likeliest, descending."""
+    """`top` holds (token id, log-probability) of the likeliest tokens, descending."""
 
-    sequence: Sequence
     token_id: int
     logprob: float
     top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """A place where a token is sampled: after all that a sequence knows and the first `num_drafts` of its draft."""
+
+    sequence: Sequence
+    draft: list[int]
+    num_drafts: int
+
+
+_NO_DRAFT: list[int] = []
 
 
 class Runner:
@@ -43,14 +54,19 @@ class Runner:
         self._order: list[int] = []
         self._groups: list[PrefixGroup] = []
 
-    def run(self, plan: StepPlan, costs: StepCosts) -> tuple[list[SampledToken], list[float]]:
-        """Compute a plan; returns the tokens of sequences that are now complete, and what each sequence of the plan
-        (in the plan's order) should bear of the step's time, as weights."""
+    def run(self, plan: StepPlan, costs: StepCosts) -> tuple[dict[Sequence, list[SampledToken]], list[float]]:
+        """Compute a plan, drafts included.
+
+        Returns for each sequence that is now complete the token after its last one, then the token after each of its
+        draft tokens, supposing that those were right; and what each sequence of the plan (in the plan's order) should
+        bear of the step's time, as weights.
+        """
         for copy in plan.copies:
             self._copy_slots(copy.source, copy.target, copy.num_tokens)
         order, groups = self._group(plan)
         sequences = [plan.sequences[i] for i in order]
-        num_tokens = [plan.num_tokens[i] for i in order]
+        drafts = [plan.drafts.get(sequence, _NO_DRAFT) for sequence in sequences]
+        num_tokens = [plan.num_tokens[i] + len(draft) for i, draft in zip(order, drafts)]
         batch = AttentionBatch(
             query_lens=num_tokens,
             context_lens=[s.num_computed + count for s, count in zip(sequences, num_tokens)],
@@ -58,11 +74,27 @@ class Runner:
             page_size=self._page_size,
             groups=groups,
         )
-        logits, wanting = self._forward(sequences, num_tokens, batch)
+        logits, positions = self._forward(sequences, drafts, batch)
         weights = [0.0] * len(order)
         for i, weight in zip(order, _weigh(batch, costs)):
             weights[i] = weight
-        return self._sample(logits, wanting), weights
+        return self._sample(logits, positions), weights
+
+    def num_read(self, plan: StepPlan) -> float:
+        """Tokens of keys and values that the plan's attention reads, those that a prefix group shares once."""
+        _, groups = self._group(plan)
+        num_known = sum(sequence.num_computed for sequence in plan.sequences) + sum(plan.num_tokens)
+        shared = sum((group.num_requests - 1) * len(group.page_ids) for group in groups)
+        return num_known - shared * self._page_size
+
+    def clear_rejected(self, sequence: Sequence) -> None:
+        """Zero the slots behind what a sequence has computed, as `clear_pages` does and for the same reason."""
+        size = self._page_size
+        for i in range(sequence.num_computed // size, len(sequence.pages)):
+            first = max(0, sequence.num_computed - i * size)
+            for k_pages, v_pages in self._kv:
+                k_pages[sequence.pages[i], :, first:] = 0
+                v_pages[sequence.pages[i], :, first:] = 0
 
     def _group(self, plan: StepPlan) -> tuple[list[int], list[PrefixGroup]]:
         if not self._enable_prefix_groups:
@@ -76,45 +108,48 @@ class Runner:
         return self._order, self._groups
 
     def _forward(
-        self, sequences: list[Sequence], num_tokens: list[int], batch: AttentionBatch
-    ) -> tuple[torch.Tensor, list[Sequence]]:
+        self, sequences: list[Sequence], drafts: list[list[int]], batch: AttentionBatch
+    ) -> tuple[torch.Tensor, list[_Position]]:
         size = self._page_size
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        last_rows: list[int] = []
-        wanting: list[Sequence] = []
-        for sequence, count in zip(sequences, num_tokens):
-            start = sequence.num_computed
-            stop = start + count
+        rows: list[int] = []
+        sampled: list[_Position] = []
+        for sequence, draft, stop in zip(sequences, drafts, batch.context_lens):
+            start, num_known, pages = sequence.num_computed, len(sequence.token_ids), sequence.pages
             token_ids += sequence.token_ids[start:stop]
+            token_ids += draft
             positions += range(start, stop)
-            slots += [sequence.pages[p // size] * size + p % size for p in range(start, stop)]
-            if stop == len(sequence.token_ids):
-                last_rows.append(len(token_ids) - 1)
-                wanting.append(sequence)
+            slots += [pages[p // size] * size + p % size for p in range(start, stop)]
+            if stop >= num_known:
+                rows += range(len(token_ids) - 1 - len(draft), len(token_ids))
+                sampled += [_Position(sequence, draft, num_drafts) for num_drafts in range(len(draft) + 1)]
         logits = self._decoder.forward(
             torch.tensor(token_ids, device=self._device),
             torch.tensor(positions, device=self._device),
             torch.tensor(slots, device=self._device),
             self._kv,
             batch,
-            torch.tensor(last_rows, device=self._device, dtype=torch.int64),
+            torch.tensor(rows, device=self._device, dtype=torch.int64),
         )
-        return logits, wanting
+        return logits, sampled
 
-    def _sample(self, logits: torch.Tensor, sequences: list[Sequence]) -> list[SampledToken]:
-        if not sequences:
-            return []
-        result = sample(logits, build_sampling_batch(sequences, self._decoder.eos_token_ids, self._device))
+    def _sample(self, logits: torch.Tensor, positions: list[_Position]) -> dict[Sequence, list[SampledToken]]:
+        tokens: dict[Sequence, list[SampledToken]] = {}
+        if not positions:
+            return tokens
+        result = sample(logits, build_sampling_batch(positions, self._decoder.eos_token_ids, self._device))
         token_ids, logprobs = result.token_ids_B.tolist(), result.logprobs_B.tolist()
-        tops: list[list[tuple[int, float]]] = [[] for _ in sequences]
+        tops: list[list[tuple[int, float]]] = [[] for _ in positions]
         if result.top_ids_BL is not None and result.top_logprobs_BL is not None:
             tops = [
                 list(zip(ids, values))
                 for ids, values in zip(result.top_ids_BL.tolist(), result.top_logprobs_BL.tolist())
             ]
-        return [SampledToken(*row) for row in zip(sequences, token_ids, logprobs, tops)]
+        for position, token_id, logprob, top in zip(positions, token_ids, logprobs, tops):
+            tokens.setdefault(position.sequence, []).append(SampledToken(token_id, logprob, top))
+        return tokens
 
     def clear_pages(self, pages: list[int]) -> None:
         """Zero pages. Slots that are not valid yet are masked in attention, but NaN times a weight of 0 is NaN."""
@@ -129,31 +164,34 @@ class Runner:
 
 
 def build_sampling_batch(
-    sequences: list[Sequence], eos_token_ids: tuple[int, ...], device: torch.device
+    positions: list[_Position], eos_token_ids: tuple[int, ...], device: torch.device
 ) -> SamplingBatch:
-    """Gather how each sequence is sampled; the position of a token is its index in the whole sequence."""
-    params = [sequence.request.sampling for sequence in sequences]
+    """Gather how each token is sampled; the position of a token is its index in the whole sequence."""
+    params = [position.sequence.request.sampling for position in positions]
     banned = [
-        (row, token) for row, sequence in enumerate(sequences) for token in banned_tokens(sequence, eos_token_ids)
+        (row, token)
+        for row, position in enumerate(positions)
+        for token in banned_tokens(position.sequence, position.num_drafts, eos_token_ids)
     ]
+    indices = [len(position.sequence.token_ids) + position.num_drafts for position in positions]
     return SamplingBatch(
         temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
         top_k_B=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int64, device=device),
         top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
         min_p_B=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        seed_B=torch.tensor([s.seed for s in sequences], dtype=torch.int64, device=device),
-        position_B=torch.tensor([len(s.token_ids) for s in sequences], dtype=torch.int64, device=device),
+        seed_B=torch.tensor([position.sequence.seed for position in positions], dtype=torch.int64, device=device),
+        position_B=torch.tensor(indices, dtype=torch.int64, device=device),
         num_top_logprobs=max((p.logprobs or 0) for p in params),
-        penalties=_build_penalties(sequences, device),
+        penalties=_build_penalties(positions, device),
         banned=banned or None,
     )
 
 
-def _build_penalties(sequences: list[Sequence], device: torch.device) -> Penalties | None:
-    params = [sequence.request.sampling for sequence in sequences]
+def _build_penalties(positions: list[_Position], device: torch.device) -> Penalties | None:
+    params = [position.sequence.request.sampling for position in positions]
     if all(p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty for p in params):
         return None
-    counts = [sequence.count_tokens() for sequence in sequences]
+    counts = [position.sequence.count_tokens(position.draft[: position.num_drafts]) for position in positions]
     longest = max(len(count) for count in counts)
     ids = [[*count.keys(), *[-1] * (longest - len(count))] for count in counts]
     times = [[*count.values(), *[0] * (longest - len(count))] for count in counts]

@@ -34,11 +34,21 @@ class PageCopy:
 
 @dataclass(slots=True)
 class StepPlan:
-    """Sequences in step order, each with its number of tokens to compute."""
+    """Sequences in step order, each with its number of known tokens to compute and the draft tokens to verify."""
 
     sequences: list[Sequence] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     copies: list[PageCopy] = field(default_factory=list)
+    drafts: dict[Sequence, list[int]] = field(default_factory=dict)
+
+    @property
+    def wanting(self) -> list[Sequence]:
+        """The sequences that get a token in this step: all of what they know is computed then."""
+        return [
+            sequence
+            for sequence, num_tokens in zip(self.sequences, self.num_tokens)
+            if sequence.num_computed + num_tokens == len(sequence.token_ids)
+        ]
 
 
 class Scheduler:
@@ -89,21 +99,29 @@ class Scheduler:
         self.peak_pages = max(self.peak_pages, self.pool.num_pages - self.tree.num_available)
         return plan
 
-    def commit(self, plan: StepPlan) -> list[Sequence]:
-        """Note that the plan was computed; returns the sequences which now need a token, in step order."""
+    def num_draftable(self, plan: StepPlan) -> int:
+        """How many draft tokens the step has room for."""
+        return self._max_num_batched_tokens - sum(plan.num_tokens)
+
+    def room_for_draft(self, sequence: Sequence, num_wanted: int) -> int:
+        """How many draft tokens a sequence may have, with pages for them; takes free pages and preempts nobody."""
+        num_wanted = min(num_wanted, sequence.max_len - len(sequence.token_ids) - 1)
+        num_missing = -(-(len(sequence.token_ids) + num_wanted) // self._page_size) - len(sequence.nodes)
+        if 0 < num_missing <= self.tree.num_available - len(self.running):
+            self._append_pages(sequence, num_missing)
+        return max(0, min(num_wanted, len(sequence.nodes) * self._page_size - len(sequence.token_ids)))
+
+    def commit(self, plan: StepPlan) -> None:
+        """Note that the known tokens of the plan were computed."""
         self.tree.release(self._copied_from)
         self._copied_from = []
         size = self._page_size
-        sampled = []
         for sequence, num_tokens in zip(plan.sequences, plan.num_tokens):
             before, sequence.num_computed = sequence.num_computed, sequence.num_computed + num_tokens
             if before < sequence.num_prompt:
                 for i in range(before // size, -(-sequence.num_computed // size)):
                     node = sequence.nodes[i]
                     node.num_computed = min(sequence.num_computed - i * size, len(node.tokens))
-            if sequence.num_computed == len(sequence.token_ids):
-                sampled.append(sequence)
-        return sampled
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whether it is running or waiting, and give its pages to the prefix tree."""
@@ -131,9 +149,12 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.nodes += self.tree.new_nodes(sequence.nodes[-1], [], num_missing)
-        sequence.pages = [node.page for node in sequence.nodes]
+        self._append_pages(sequence, num_missing)
         return True
+
+    def _append_pages(self, sequence: Sequence, count: int) -> None:
+        sequence.nodes += self.tree.new_nodes(sequence.nodes[-1], [], count)
+        sequence.pages = [node.page for node in sequence.nodes]
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

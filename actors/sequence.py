@@ -79,10 +79,12 @@ class Sequence:
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at
 
-    def count_tokens(self) -> Counter[int]:
-        """How often each distinct token of prompt and output stands in the output (0: only in the prompt)."""
+    def count_tokens(self, draft: list[int]) -> Counter[int]:
+        """How often each distinct token of prompt and output stands in the output (0: only in the prompt), supposing
+        that `draft` goes on with it."""
         counts = Counter(dict.fromkeys(self.token_ids[: self.num_prompt], 0))
         counts.update(self.output_token_ids)
+        counts.update(draft)
         return counts
 
     @property

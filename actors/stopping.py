@@ -33,10 +33,10 @@ def text_of(sequence: Sequence, eos_token_ids: tuple[int, ...], tokenizer: Any) 
     return text
 
 
-def banned_tokens(sequence: Sequence, eos_token_ids: tuple[int, ...]) -> list[int]:
-    """Tokens that may not come next because `min_tokens` is not reached."""
+def banned_tokens(sequence: Sequence, num_drafts: int, eos_token_ids: tuple[int, ...]) -> list[int]:
+    """Tokens that may not come after `num_drafts` further ones because `min_tokens` is not reached."""
     sampling = sequence.request.sampling
-    if sequence.num_generated >= sampling.min_tokens:
+    if sequence.num_generated + num_drafts >= sampling.min_tokens:
         return []
     return [*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)]
 
