@@ -12,6 +12,9 @@ from collections.abc import Sequence
 MEMORY_TOKENS = 512
 """About so many judged tokens of a cell count; older ones have faded to a third and less."""
 
+MIN_SURVIVAL = 0.02
+"""A draft is not continued once the chance that all of it is accepted falls below this."""
+
 PRIOR_TOKENS = 4.0
 """How many judged tokens the first guess of a cell is worth."""
 

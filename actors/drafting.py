@@ -13,18 +13,24 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from actors.acceptance import Acceptance
+from actors.config import SpeculativeConfig
+from actors.corpus_index import CorpusIndex
+from actors.prompt_lookup import PromptLookup
 from actors.sequence import Sequence
+
+if TYPE_CHECKING:
+    from actors.draft_model import DraftModel
 
 logger = logging.getLogger(__name__)
 
-MIN_SURVIVAL = 0.02
-"""A draft is not continued once the chance that all of it is accepted falls below this."""
+WEAK_CHANCE = 0.5
+"""A piece ends before a token with less chance, unless it starts with it; whoever knows more goes on from there."""
 
-SURE_TOKENS = 3.0
-"""Sequences whose cheap draft is expected to bring fewer tokens than this are worth a draft model's time."""
+EXPENSIVE_TOKENS = 2
+"""So many tokens an expensive drafter adds before the cheap ones may go on."""
 
 MAX_LINKS = 4
 """How many pieces, each of another drafter, a draft is chained from."""
@@ -42,6 +48,9 @@ class Draft:
     cells: list[int] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
+
+    def copy(self) -> Draft:
+        return Draft(self.token_ids[:], self.cells[:], self.chances[:], self.sources[:])
 
     @property
     def num_expected(self) -> float:
@@ -106,7 +115,14 @@ class Speculator:
         self, sequences: SequenceOf[Sequence], limits: SequenceOf[int], ask_expensive: bool = True
     ) -> list[Draft]:
         """A draft for each sequence, of at most limits[i] tokens, possibly empty."""
-        return [Draft() for _ in sequences]
+        drafts = [Draft() for _ in sequences]
+        cheap = [drafter for drafter in self._working() if drafter.name not in self._expensive]
+        self._chain(drafts, range(len(drafts)), sequences, limits, cheap)
+        if ask_expensive:
+            for drafter in self._working():
+                if drafter.name in self._expensive:
+                    self._ask_expensive(drafter, drafts, sequences, limits, cheap)
+        return drafts
 
     def observe(self, draft: Draft, new_token_ids: SequenceOf[int]) -> None:
         """Learn from what the model wrote where `draft` was a guess, whether or not the guess was verified."""
@@ -130,7 +146,82 @@ class Speculator:
                 self._call(drafter, lambda drafter: drafter.finish(sequence))
         sequence.drafting.clear()
 
-    def _call(self, drafter: Drafter, action: Callable[[Drafter], None]) -> None:
+    def _working(self) -> list[Drafter]:
+        return [drafter for drafter in self.drafters if drafter.name not in self.failed]
+
+    def _chain(
+        self,
+        drafts: list[Draft],
+        indices: SequenceOf[int],
+        sequences: SequenceOf[Sequence],
+        limits: SequenceOf[int],
+        drafters: SequenceOf[Drafter],
+    ) -> None:
+        """Extend drafts in place, piece by piece, each by the drafter whose piece is expected to bring most."""
+        growing = [i for i in indices if len(drafts[i].token_ids) < limits[i]]
+        for _ in range(MAX_LINKS):
+            if not growing:
+                break
+            asked, their_limits = [sequences[i] for i in growing], [limits[i] for i in growing]
+            before = [drafts[i] for i in growing]
+            for drafter in drafters:
+                self._improve(drafts, growing, before, asked, their_limits, drafter)
+            growing = [
+                i
+                for i, old in zip(growing, before)
+                if drafts[i] is not old and len(_cut(drafts[i], len(old.token_ids)).token_ids) < limits[i]
+            ]
+
+    def _ask_expensive(
+        self,
+        drafter: Drafter,
+        drafts: list[Draft],
+        sequences: SequenceOf[Sequence],
+        limits: SequenceOf[int],
+        cheap: SequenceOf[Drafter],
+    ) -> None:
+        """Let a drafter whose every token costs say the tokens that the cheap ones are unsure of, and these go on."""
+        for _ in range(MAX_LINKS if cheap else 1):
+            unsure, before = [], []
+            for i, draft in enumerate(drafts):
+                sure = _sure_part(draft)
+                if len(sure.token_ids) < limits[i] and sure.survival > WEAK_CHANCE:
+                    unsure.append(i)
+                    before.append(sure)
+            asked = [sequences[i] for i in unsure]
+            their_limits = [
+                min(limits[i], len(sure.token_ids) + EXPENSIVE_TOKENS) if cheap else limits[i]
+                for i, sure in zip(unsure, before)
+            ]
+            old = [drafts[i] for i in unsure]
+            self._improve(drafts, unsure, before, asked, their_limits, drafter)
+            changed = [i for i, draft in zip(unsure, old) if drafts[i] is not draft]
+            if not changed:
+                return
+            self._chain(drafts, changed, sequences, limits, cheap)
+
+    def _improve(
+        self,
+        drafts: list[Draft],
+        indices: SequenceOf[int],
+        before: SequenceOf[Draft],
+        sequences: SequenceOf[Sequence],
+        limits: SequenceOf[int],
+        drafter: Drafter,
+    ) -> None:
+        """Let a drafter extend copies of `before`; drafts[indices[j]] becomes copy j where that is better."""
+        tried = [draft.copy() for draft in before]
+        if not self._call(drafter, lambda drafter: drafter.propose(sequences, tried, limits)):
+            return
+        source = self.drafters.index(drafter)
+        for i, draft, old in zip(indices, tried, before):
+            num_new = len(draft.token_ids) - len(draft.sources)
+            if num_new and (drafts[i] is old or draft.num_expected > drafts[i].num_expected):
+                draft.sources += [source] * num_new
+                drafts[i] = draft
+
+    def _call(self, drafter: Drafter, action: Callable[[Drafter], None]) -> bool:
+        """Run an action of a drafter; False, and it is off from now on, when that raises."""
         started = time.perf_counter_ns()
         try:
             action(drafter)
@@ -138,3 +229,36 @@ class Speculator:
             self.failed[drafter.name] = f"{type(error).__name__}: {error}"
             logger.warning("drafter %s is switched off for this run: %s", drafter.name, self.failed[drafter.name])
         self.counts[drafter.name].num_ns += time.perf_counter_ns() - started
+        return drafter.name not in self.failed
+
+
+def make_speculator(
+    config: SpeculativeConfig, *, identity: str = "", draft_model: DraftModel | None = None
+) -> Speculator:
+    """The drafters that a configuration names. identity: what a saved index of answers must have been made with, such
+    as the tokenizer's fingerprint. draft_model: loaded already, exactly when config.model is set."""
+    acceptance = Acceptance()
+    drafters: list[Drafter] = []
+    if config.method in ("auto", "combined", "corpus"):
+        drafters.append(CorpusIndex(acceptance, config.corpus_index_bytes, identity))
+    if config.method in ("auto", "combined", "ngram"):
+        drafters.append(PromptLookup(acceptance, config.prompt_lookup_min, config.prompt_lookup_max))
+    if draft_model is not None:
+        draft_model.join(acceptance)
+        drafters.append(draft_model)
+    return Speculator(drafters, acceptance, expensive=("draft_model",))
+
+
+def _cut(draft: Draft, start: int) -> Draft:
+    """End a draft before its first weak token after position `start`: another drafter may know better from there."""
+    for i in range(start + 1, len(draft.chances)):
+        if draft.chances[i] < WEAK_CHANCE:
+            del draft.token_ids[i:], draft.cells[i:], draft.chances[i:], draft.sources[i:]
+            break
+    return draft
+
+
+def _sure_part(draft: Draft) -> Draft:
+    """A copy that ends before the first weak token."""
+    end = next((i for i, chance in enumerate(draft.chances) if chance < WEAK_CHANCE), len(draft.chances))
+    return Draft(draft.token_ids[:end], draft.cells[:end], draft.chances[:end], draft.sources[:end])

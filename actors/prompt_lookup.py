@@ -1,0 +1,90 @@
+"""Drafts copied from the sequence itself: what followed the last place where its newest tokens stood before.
+
+vLLM's prompt lookup (method "ngram"): extraction, quoting and rewriting repeat the prompt. Nothing is built per row:
+tokens are kept as the code points of a string, and the string search of the interpreter finds the n-gram. Knows no
+other rows.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING
+
+from actors.acceptance import Acceptance
+from actors.sequence import Sequence
+
+if TYPE_CHECKING:
+    from actors.drafting import Draft
+
+MAX_AGREED = 12
+"""Matches are measured up to this length for their confidence."""
+
+MAX_TOKEN_ID = 0x10FFFF
+"""The largest code point. A vocabulary beyond it (none is known) is not looked up."""
+
+
+CODE_POINTS = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
+"""Named with its byte order, else a token with the number of a byte order mark would be taken for one."""
+
+
+class PromptLookup:
+    """Confidence is the number of tokens that agree before a copied one, the accepted part of the draft included."""
+
+    name = "ngram"
+
+    def __init__(self, acceptance: Acceptance, shortest: int = 1, longest: int = 4) -> None:
+        self._shortest, self._longest = shortest, longest
+        self._chances = acceptance.chances
+        # A single token that agrees says little, eight nearly all.
+        self._cells = acceptance.add_cells([1.0 - 0.75 / (1 + n / 2) for n in range(MAX_AGREED + 1)])
+
+    def propose(self, sequences: SequenceOf[Sequence], drafts: SequenceOf[Draft], limits: SequenceOf[int]) -> None:
+        """Extend each draft by what followed the latest match of the longest n-gram."""
+        for sequence, draft, limit in zip(sequences, drafts, limits):
+            num_wanted = limit - len(draft.token_ids)
+            if num_wanted > 0:
+                self._extend(sequence, draft, num_wanted)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forget the sequence; there is nothing to learn."""
+        sequence.drafting.pop(self.name, None)
+
+    def _extend(self, sequence: Sequence, draft: Draft, num_wanted: int) -> None:
+        text = self._text(sequence)
+        if draft.token_ids:
+            text += "".join(map(chr, draft.token_ids))
+        end = len(text) - 1
+        # The shortest n-gram first: mostly there is none, and that is known after one search.
+        size = self._shortest
+        start = text.rfind(text[-size:], 0, end) if end >= size else -1
+        if start < 0:
+            return
+        for longer in range(min(self._longest, end), size, -1):
+            found = text.rfind(text[-longer:], 0, end)
+            if found >= 0:
+                size, start = longer, found
+                break
+        follow = start + size
+        copied = text[follow : follow + num_wanted]
+        agreed = size
+        if size == self._longest:
+            while agreed < MAX_AGREED and start > 0 and text[start - 1] == text[end - agreed]:
+                start -= 1
+                agreed += 1
+        first = self._cells
+        cells = [first + min(agreed + i, MAX_AGREED) for i in range(len(copied))]
+        chances = self._chances
+        draft.token_ids += map(ord, copied)
+        draft.cells += cells
+        draft.chances += [chances[cell] for cell in cells]
+
+    def _text(self, sequence: Sequence) -> str:
+        """The sequence's tokens as one string, kept and grown with it."""
+        text: str = sequence.drafting.get(self.name, "")
+        tokens = sequence.token_ids
+        if len(text) < len(tokens):
+            text += array("I", tokens[len(text) :]).tobytes().decode(CODE_POINTS, "surrogatepass")
+            sequence.drafting[self.name] = text
+        return text
