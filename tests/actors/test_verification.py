@@ -19,10 +19,10 @@ VOCAB = 97
 class Planted:
     """Drafts what it was told will be answered, with some of the tokens made wrong; as many as there is room for."""
 
-    def __init__(self, answers, share_wrong=0.0, longest=6, seed=0):
+    def __init__(self, answers, share_wrong=0.0, longest=6, lengths=None, seed=0):
         self.answers = answers  # (request id, index) -> tokens
         self.share_wrong = share_wrong
-        self.longest = longest
+        self.lengths = lengths or range(longest + 1)
         self.rng = random.Random(seed)
         self.num_accepted = self.num_drafted = 0
         self.notes = []
@@ -32,7 +32,7 @@ class Planted:
         room = scheduler.num_draftable(plan)
         for sequence in plan.wanting:
             known = self.answers.get((sequence.request.request_id, sequence.index), [])[sequence.num_generated :]
-            limit = min(room, self.rng.randint(0, self.longest))
+            limit = min(room, self.rng.choice(self.lengths))
             count = min(len(known), scheduler.room_for_draft(sequence, limit)) if limit else 0
             tokens = [
                 self.rng.randrange(VOCAB) if self.rng.random() < self.share_wrong else token for token in known[:count]
@@ -189,7 +189,7 @@ def test_a_draft_that_overflows_the_model_leaves_nothing_behind(plain, speculati
     monkeypatch.setattr(decoder, "forward", poisoned)
     assert poison not in [token for tokens in tokens_of(expected).values() for token in tokens]
     wrong = {key: [*tokens[:3], *[poison] * 20] for key, tokens in tokens_of(expected).items()}
-    found = answer(speculating, requests, Planted(wrong, longest=9))
+    found = answer(speculating, requests, Planted(wrong, lengths=(0, 3)))
     assert essence(found) == essence(expected)
 
 
