@@ -24,8 +24,9 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.checkpoint import check_model, load_tokenizer
+from actors.checkpoint import check_model, load_tokenizer, open_checkpoint, resolve_max_model_len
 from actors.config import EngineConfig
+from actors.draft_model import check_draft_model
 from pipeline.answering import Worker
 from pipeline.graph import (
     Graph,
@@ -33,7 +34,7 @@ from pipeline.graph import (
     close_ray,
     start_ray,
 )
-from pipeline.job import FingerprintMismatch, Job, LimitsSection, diff_fingerprints, load_job
+from pipeline.job import FingerprintMismatch, Job, JobError, LimitsSection, diff_fingerprints, load_job
 from pipeline.ledger import (
     Bill,
     RunRecord,
@@ -77,6 +78,7 @@ def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[Engine
     console = new_console()
     job = load_job(job_path, overrides).resolve(named_models())
     check_model(job.model)
+    check_speculation(job)
     Renderer(job, load_tokenizer(job.engine.tokenizer or job.model))  # a missing chat template shows here
     shards = list_shards(job)
     _check_columns(job, shards)
@@ -280,6 +282,24 @@ def _start_tally(output: Storage, shards: ShardList, todo: Sequence[Shard], limi
     return tally
 
 
+def check_speculation(job: Job) -> None:
+    """JobError for a draft model that cannot draft for this model, and for longer drafts than a row can be."""
+    config = job.engine.speculative_config
+    max_model_len = resolve_max_model_len(open_checkpoint(job.model).config, job.engine.max_model_len)
+    is_told = "num_speculative_tokens" in config.model_fields_set
+    if is_told and config.method != "none" and config.num_speculative_tokens >= max_model_len:
+        raise JobError(
+            f"engine.speculative_config.num_speculative_tokens={config.num_speculative_tokens} does not fit into rows "
+            f"of at most {max_model_len} tokens; set it below that, or leave it out"
+        )
+    if config.model is None:
+        return
+    try:
+        check_draft_model(job.model, config.model, job.engine.tokenizer)
+    except ValueError as error:
+        raise JobError(f"{error}; name another engine.speculative_config.model, or leave it out") from error
+
+
 def _check_columns(job: Job, shards: ShardList) -> None:
     """OutputError for a column that Shoal also writes; one shard tells, plans check the others."""
     shard = shards.good[0]
@@ -298,7 +318,9 @@ def _describe_start(job: Job, shards: ShardList, todo: Sequence[Shard]) -> str:
 
 
 def named_models() -> dict[str, str]:
-    return {"demo": str(Path(__file__).parent / "demo" / "model")}
+    """Where the shipped models are, by the words that `Job.resolve` knows them by."""
+    demo = Path(__file__).parent / "demo"
+    return {"demo": str(demo / "model"), "demo/draft": str(demo / "draft")}
 
 
 def _new_run_name() -> str:

@@ -29,7 +29,8 @@ FINGERPRINT_VERSION = 1
 """Raised whenever a new Shoal answers the same job differently."""
 
 NAMED_MODELS = ("demo",)
-"""Words that stand for a model directory; `resolve` is told where each is."""
+"""Words that stand for a model directory, and for its draft model's in `speculative_config.model`; `resolve` is told
+where each is."""
 
 ENGINE_FIELDS_WITHOUT_EFFECT_ON_RESULTS = frozenset(
     {
@@ -287,12 +288,19 @@ class Job(_Section):
     def resolve(self, named_models: Mapping[str, str] | None = None) -> Job:
         """A new job with every derived value filled in: places absolute, words replaced, the model identified.
 
-        named_models: where the directory of each word in NAMED_MODELS is. Reads a few small pieces of the model's
-        files; JobError if there is no model. Resolving twice changes nothing.
+        named_models: where the directory of each word in NAMED_MODELS is, and with `/draft` behind the word, its draft
+        model's. Reads a few small pieces of the model's files; JobError if there is no model. Resolving twice changes
+        nothing.
         """
         here = Path.cwd()
-        model = _locate_model(self.model, named_models or {}, here)
-        tokenizer = _locate_model(self.engine.tokenizer or model, named_models or {}, here)
+        places = named_models or {}
+        model = _locate_model("model", self.model, places, here)
+        tokenizer = _locate_model("engine.tokenizer", self.engine.tokenizer or model, places, here)
+        speculative = self.engine.speculative_config
+        if speculative.model is not None:
+            drafts = {word: places[f"{word}/draft"] for word in NAMED_MODELS if f"{word}/draft" in places}
+            draft = _locate_model("engine.speculative_config.model", speculative.model, drafts, here)
+            speculative = speculative.model_copy(update={"model": draft})
         config = _read_model_config(model)
         resolved = Resolved(
             model_identity=identify_model(model),
@@ -306,7 +314,9 @@ class Job(_Section):
                 ),
                 "prompt": self.prompt.model_copy(update={"chat_template": self.uses_chat_template}),
                 "model": model,
-                "engine": self.engine.model_copy(update={"model": model, "tokenizer": tokenizer}),
+                "engine": self.engine.model_copy(
+                    update={"model": model, "tokenizer": tokenizer, "speculative_config": speculative}
+                ),
                 "output": OutputSection(path=absolute_uri(self.output.path, here)),
                 "resolved": resolved,
             }
@@ -433,11 +443,11 @@ def _identify_weights(storage: Storage, name: str, size_bytes: int) -> list[Json
     return [size_bytes, *(_digest_bytes(piece) for piece in storage.read_ranges(name, ranges))]
 
 
-def _locate_model(model: str, named_models: Mapping[str, str], base: Path) -> str:
+def _locate_model(key: str, model: str, named_models: Mapping[str, str], base: Path) -> str:
     if model not in NAMED_MODELS:
         return absolute_uri(model, base)
     if model not in named_models:
-        raise JobError(f"model: {model!r} is a word for a shipped model, and its directory was not given here")
+        raise JobError(f"{key}: {model!r} is a word for a shipped model, and its directory was not given here")
     return absolute_uri(named_models[model], base)
 
 
@@ -538,6 +548,12 @@ def _anchor_places(data: dict[str, Any], base: Path) -> dict[str, Any]:
         values = data.get(section)
         if isinstance(values, dict):
             anchored[section] = {key: anchor(v) if key in keys else v for key, v in values.items()}
+    engine = anchored.get("engine")
+    if isinstance(engine, dict) and isinstance(engine.get("speculative_config"), dict):
+        speculative = engine["speculative_config"]
+        if "model" in speculative:
+            speculative = {**speculative, "model": anchor(speculative["model"])}
+        anchored["engine"] = {**engine, "speculative_config": speculative}
     return anchored
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs import cli
-from jobs.run import claim_output, run
+from jobs.run import check_speculation, claim_output, run
 from jobs.status import status
 from pipeline.job import JobError, load_job
 from pipeline.ledger import ROUNDING, read_metrics, read_runs
@@ -72,6 +73,71 @@ def test_a_model_whose_weights_are_pickled_is_refused_before_ray(
     (model / "pytorch_model.bin").write_bytes(b"pickle")
     code, message = shoal(monkeypatch, capsys, "run", str(write_job(model=str(model))))
     assert code == EXIT_USAGE and "safetensors" in message
+
+
+@pytest.fixture
+def draft_model(small_model, tmp_path):
+    """Makes a draft model beside which the target's vocabulary or tokenizer is changed."""
+
+    def make(**config) -> str:
+        draft = shutil.copytree(small_model, tmp_path / "draft")
+        own = json.loads((draft / "config.json").read_text())
+        (draft / "config.json").write_text(json.dumps({**own, **config}))
+        return str(draft)
+
+    return make
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused_before_ray(
+    write_corpus, write_job, draft_model, monkeypatch, capsys, refuse_ray
+):
+    write_corpus({"a": ["one"]})
+    draft = draft_model(vocab_size=98)
+    job = write_job(engine={"speculative_config": {"model": draft}})
+    code, message = shoal(monkeypatch, capsys, "run", str(job))
+    assert code == EXIT_USAGE, message
+    assert draft in message and "98" in message and "97" in message
+    assert "name another engine.speculative_config.model, or leave it out" in message
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused_before_ray(
+    write_corpus, write_job, draft_model, monkeypatch, capsys, refuse_ray
+):
+    write_corpus({"a": ["one"]})
+    draft = draft_model()
+    tokenizer = Path(draft) / "tokenizer.json"
+    data = json.loads(tokenizer.read_text())
+    vocabulary = data["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    tokenizer.write_text(json.dumps(data))
+    job = write_job(engine={"speculative_config": {"model": draft}})
+    code, message = shoal(monkeypatch, capsys, "run", str(job))
+    assert code == EXIT_USAGE and "different tokenizers" in message
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"method": "eagle"}, "engine.speculative_config.method: should be 'auto', 'none', 'ngram'"),
+        ({"num_speculative_tokens": 64}, "num_speculative_tokens=64 does not fit into rows of at most 64 tokens"),
+        ({"model": "nowhere"}, "nowhere is no directory with files in it"),
+    ],
+)
+def test_speculation_that_cannot_be_is_refused_before_ray_with_the_value_and_the_way_out(
+    config, said, write_corpus, write_job, monkeypatch, capsys, refuse_ray
+):
+    write_corpus({"a": ["one"]})
+    job = write_job(engine={"max_model_len": 64, "speculative_config": config})
+    code, message = shoal(monkeypatch, capsys, "run", str(job))
+    assert code == EXIT_USAGE, message
+    assert said in message and "Traceback" not in message
+
+
+def test_rows_shorter_than_the_drafts_that_nobody_asked_for_are_no_mistake(write_job, write_corpus):
+    write_corpus({"a": ["one"]})
+    job = load_job(str(write_job(engine={"max_model_len": 8}))).resolve()
+    check_speculation(job)
+    assert job.engine.speculative_config.num_speculative_tokens > 8
 
 
 def test_another_jobs_output_is_refused_with_exit_code_5(

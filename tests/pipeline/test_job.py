@@ -219,6 +219,44 @@ def test_the_word_demo_stands_for_the_directory_that_resolve_is_given(model):
         make_job(model="demo").resolve()
 
 
+def test_the_draft_models_place_is_absolute_and_demo_stands_for_the_shipped_one(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_job(
+        tmp_path / "a",
+        f"input: {{path: d, prompt_column: p}}\nmodel: {model}\noutput: {{path: o}}\n"
+        "engine: {speculative_config: {model: small, num_speculative_tokens: 8}}\n",
+    )
+    assert load_job(path).engine.speculative_config.model == f"{tmp_path}/a/small"
+    job = load_job(path, ["engine.speculative_config.model=other"])
+    assert job.engine.speculative_config.model == f"{tmp_path}/other"
+    assert job.engine.speculative_config.num_speculative_tokens == 8
+    by_program = make_job(model=str(model), engine={"speculative_config": {"model": "small"}}).resolve()
+    assert by_program.engine.speculative_config.model == f"{tmp_path}/small"
+    named = load_job(path, ["engine.speculative_config.model=demo"])
+    assert named.resolve({"demo/draft": "/there"}).engine.speculative_config.model == "/there"
+    with pytest.raises(JobError, match=r"engine\.speculative_config\.model: 'demo' is a word for a shipped model"):
+        named.resolve({"demo": "/elsewhere"})
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"method": "eagle"},
+            "method: should be 'auto', 'none', 'ngram', 'corpus', 'draft_model' or 'combined', is 'eagle'",
+        ),
+        ({"num_speculative_tokens": 65}, "num_speculative_tokens: should be less than or equal to 64, is 65"),
+        ({"num_speculativ_tokens": 5}, "unknown key (value 5); did you mean num_speculative_tokens?"),
+        ({"method": "draft_model"}, "no model is named; set speculative_config.model"),
+        ({"method": "ngram", "model": "x"}, "uses no draft model"),
+        ({"prompt_lookup_min": 5}, "prompt_lookup_min=5 is above prompt_lookup_max=4"),
+    ],
+)
+def test_a_bad_setting_of_speculation_is_refused_with_what_is_allowed(config, expected):
+    message = refusal(engine={"speculative_config": config})
+    assert "engine.speculative_config" in message and expected in message
+
+
 def test_a_model_that_is_not_there_is_refused_with_its_place_and_a_way_out(tmp_path):
     with pytest.raises(JobError, match=r"nowhere has no config\.json; give a Hugging Face model directory"):
         make_job(model=str(tmp_path / "nowhere")).resolve()
@@ -247,7 +285,12 @@ def test_the_fingerprint_is_the_same_in_another_place_with_other_limits_and_anot
         limits={"deadline_s": 5},
         pricing={"usd_per_device_hour": 3},
         plan={"slice_tokens": 100},
-        engine={"page_size": 16, "max_num_seqs": 3, "enable_prefix_caching": False},
+        engine={
+            "page_size": 16,
+            "max_num_seqs": 3,
+            "enable_prefix_caching": False,
+            "speculative_config": {"method": "combined", "model": "small", "num_speculative_tokens": 3},
+        },
     ).resolve()
     assert one.fingerprint() == other.fingerprint()
     assert len(one.fingerprint()) == 64
@@ -260,6 +303,7 @@ def test_the_fingerprint_is_the_same_in_another_place_with_other_limits_and_anot
         ({"sampling": {"temperature": 0.5}}, "sampling.temperature"),
         ({"engine": {"quantization": "int4"}}, "engine.quantization"),
         ({"engine": {"max_model_len": 100}}, "engine.max_model_len"),
+        ({"engine": {"deterministic": True}}, "engine.deterministic"),
         ({"input": {"prompt_column": "other"}}, "input.prompt_column"),
         ({"input": {"passthrough": "none"}}, "input.passthrough"),
         ({"prompt": {"chat_template": True}}, "prompt.chat_template"),
