@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from actors.architecture import Architecture, CheckpointError, architecture_name, read_architecture
-from actors.quantization import CompressedTensors, PackedFormat, parse_quantization
+from actors.architecture import Architecture, CheckpointError, LinearSpec, architecture_name, read_architecture
+from actors.packed_formats import FLOATS, LayerRules, PackedFormat
+from actors.packed_weights import UnpackedWeight, unpack_weight
+from actors.quantization_config import parse_quantization
 from actors.rotary import resolve_max_model_len, rope_type
 
 __all__ = [
@@ -52,8 +54,6 @@ _FIRST_READ_BYTES = 256 << 10
 
 _RANGE_BYTES = 16 << 20
 """Remote tensors are read in parallel ranges of this size."""
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -187,7 +187,7 @@ class Checkpoint:
     uri: str
     config: Any
     architecture: Architecture
-    quantization: CompressedTensors | None
+    quantization: LayerRules | None
     eos_token_ids: tuple[int, ...]
     notes: list[str]
     _directory: _Directory
@@ -197,17 +197,43 @@ class Checkpoint:
         """The names of all stored tensors."""
         return list(self._tensors)
 
+    def has(self, name: str) -> bool:
+        return name in self._tensors
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._stored(name).shape
 
     def read(self, name: str) -> Tensor:
-        """One tensor as it is stored, on the CPU, in memory of its own."""
+        """One tensor as it is stored, on the CPU, in memory of its own. CheckpointError for NaN and infinity in it."""
         stored = self._stored(name)
         dtype = _DTYPES[stored.dtype]
         if stored.num_bytes == 0:
             return torch.empty(stored.shape, dtype=dtype)
         data = self._directory.read(stored.file, stored.start, stored.num_bytes)
-        return torch.frombuffer(data, dtype=dtype).view(stored.shape)
+        tensor = torch.frombuffer(data, dtype=dtype).view(stored.shape)
+        if stored.dtype in FLOATS and not all(math.isfinite(bound) for bound in tensor.aminmax()):
+            raise CheckpointError(f"{self.uri}: tensor {name} of shape {list(stored.shape)} holds NaN or infinity")
+        return tensor
+
+    def read_packed(self, linear: LinearSpec, device: torch.device | None = None) -> UnpackedWeight:
+        """Read and decode a packed linear layer (one that has a packed_format), on `device` if one is given."""
+        packed = self.packed_format(linear.name)
+        assert packed is not None
+        parts = {}
+        for part in packed.parts(linear):
+            if self.has(name := f"{linear.name}.{part}"):
+                tensor = self.read(name)
+                parts[part] = tensor if device is None else tensor.to(device)
+        try:
+            return unpack_weight(parts, linear, packed)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.uri}: {error}") from error
+
+    def read_linear(self, linear: LinearSpec) -> Tensor:
+        """The weight [N, K] of a linear layer as float32 on the CPU, decoded if it is packed."""
+        if self.packed_format(linear.name) is None:
+            return self.read(f"{linear.name}.weight").float()
+        return self.read_packed(linear).to_float()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,16 +244,29 @@ class Checkpoint:
         """How a linear layer is packed, or None when it has a plain weight."""
         return None if self.quantization is None else self.quantization.format_of(linear_name)
 
-    def check_tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> None:
-        """Raise CheckpointError unless the tensor is there, with this shape and one of these dtypes."""
-        stored = self._stored(name)
+    def check_tensor(
+        self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...], source: str = "config.json"
+    ) -> None:
+        """Raise CheckpointError unless the tensor is there, with this shape and one of these dtypes.
+
+        source: what makes the shape so.
+        """
+        if name not in self._tensors:
+            layer = name.rpartition(".")[0] + "."
+            beside = [f"{other} {list(self.shape(other))}" for other in self._tensors if other.startswith(layer)]
+            raise CheckpointError(
+                f"{self.uri}: tensor {name} is missing; {source} makes it {list(shape)}"
+                + (f". Of its layer there are {', '.join(beside)}" if beside else "")
+            )
+        stored = self._tensors[name]
         if stored.shape != shape:
             raise CheckpointError(
-                f"{self.uri}: tensor {name} has shape {list(stored.shape)}; config.json makes it {list(shape)}"
+                f"{self.uri}: tensor {name} has shape {list(stored.shape)}; {source} makes it {list(shape)}"
             )
         if stored.dtype not in dtypes:
             raise CheckpointError(
-                f"{self.uri}: tensor {name} has dtype {stored.dtype}; it must be one of {', '.join(dtypes)}"
+                f"{self.uri}: tensor {name} of shape {list(shape)} has dtype {stored.dtype}; "
+                f"it must be one of {', '.join(dtypes)}"
             )
 
     def _stored(self, name: str) -> _StoredTensor:
@@ -249,7 +288,7 @@ def open_checkpoint(uri: str) -> Checkpoint:
     raw_config = directory.read_json("config.json")
     try:
         name = architecture_name(raw_config)
-        quantization = parse_quantization(raw_config.get("quantization_config"))
+        quantization = parse_quantization(_quantization_config(raw_config))
         config = _load_config(directory)
         architecture = read_architecture(name, config)
         rope_type(config)  # refuses a scaling that is not supported
@@ -265,6 +304,8 @@ def open_checkpoint(uri: str) -> Checkpoint:
         _directory=directory,
         _tensors=_read_headers(directory),
     )
+    if architecture.tied_head and _has_packed_head(checkpoint):
+        checkpoint.architecture = replace(architecture, tied_head=False)
     _check_tensors(checkpoint)
     return checkpoint
 
@@ -333,11 +374,16 @@ def _eos_token_ids(directory: _Directory, config: Any) -> tuple[int, ...]:
     return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
+def _quantization_config(raw_config: dict[str, Any]) -> Any:
+    """Older compressed-tensors directories have it by another name."""
+    return raw_config.get("quantization_config") or raw_config.get("compression_config")
+
+
 def _ignored_settings(raw_config: dict[str, Any]) -> list[str]:
     notes = []
     if raw_config.get("auto_map"):
         notes.append("config.json names Python code of its own (auto_map); it is not run")
-    if (raw_config.get("quantization_config") or {}).get("kv_cache_scheme"):
+    if (_quantization_config(raw_config) or {}).get("kv_cache_scheme"):
         notes.append("quantization_config.kv_cache_scheme is ignored: keys and values are kept unquantised")
     for note in notes:
         logger.warning("%s", note)
@@ -428,16 +474,35 @@ def _parse_header(header: dict[str, Any], file: str, data_start: int) -> Iterato
         yield name, _StoredTensor(file, entry["dtype"], shape, data_start + begin, end - begin)
 
 
+def _has_packed_head(checkpoint: Checkpoint) -> bool:
+    """Whether a head of its own is stored packed: it counts even where config.json ties the head to the embedding."""
+    packed = checkpoint.packed_format("lm_head")
+    head = replace(checkpoint.architecture, tied_head=False).head()
+    assert head is not None
+    return packed is not None and checkpoint.has(f"lm_head.{next(iter(packed.parts(head)))}")
+
+
 def _check_tensors(checkpoint: Checkpoint) -> None:
     """Every tensor that will be read: is it there, of this shape, of a usable dtype."""
     for name, shape in checkpoint.architecture.other_tensors():
-        checkpoint.check_tensor(name, shape, _FLOATS)
+        checkpoint.check_tensor(name, shape, FLOATS)
     for linear in checkpoint.architecture.linears():
-        packed = checkpoint.packed_format(linear.name)
-        if packed is None:
-            checkpoint.check_tensor(f"{linear.name}.weight", (linear.num_out, linear.num_in), _FLOATS)
-        else:
-            for name, shape in packed.tensors(linear).items():
-                checkpoint.check_tensor(name, shape, _FLOATS if name.endswith("_scale") else ("I32",))
+        _check_linear(checkpoint, linear)
         if linear.has_bias:
-            checkpoint.check_tensor(f"{linear.name}.bias", (linear.num_out,), _FLOATS)
+            checkpoint.check_tensor(f"{linear.name}.bias", (linear.num_out,), FLOATS)
+
+
+def _check_linear(checkpoint: Checkpoint, linear: LinearSpec) -> None:
+    packed = checkpoint.packed_format(linear.name)
+    if packed is None:
+        checkpoint.check_tensor(f"{linear.name}.weight", (linear.num_out, linear.num_in), FLOATS)
+        return
+    try:
+        parts = packed.parts(linear)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.uri}: {error}") from error
+    source = f"config.json with its quantization_config ({packed})"
+    for end, part in parts.items():
+        name = f"{linear.name}.{end}"
+        if part.needed or checkpoint.has(name):
+            checkpoint.check_tensor(name, part.shape, part.dtypes, source)

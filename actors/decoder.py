@@ -20,18 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.architecture import LinearSpec
-from actors.checkpoint import Checkpoint, CheckpointError
+from actors.checkpoint import Checkpoint
 from actors.config import EngineConfig
-from actors.quantization import concatenate, fitting_group_size, quantize_to_nearest, unpack_weight
+from actors.quantization import concatenate, fitting_group_size, quantize_to_nearest
 from actors.rotary import resolve_max_model_len, rope_tables
 from kernels.attention_batch import AttentionBatch, new_kv_pages
 from kernels.backend import Linear, add_rms_norm, paged_attention, prepare_linear, rms_norm, rope, silu_mul, write_kv
 from kernels.cpu_linear import dtype_name
-from kernels.int4_linear import QuantizedWeight
+from kernels.int4_linear import QuantizedWeight, dequantize
+from kernels.quantized_kv import SCALE_BYTES, Pages, new_quantized_pages
 
 logger = logging.getLogger(__name__)
 
-KVPages = list[tuple[Tensor, Tensor]]
+KVPages = list[tuple[Pages, Pages]]
 """Key and value pages of each layer, [P, K, S, D] both."""
 
 
@@ -64,10 +65,12 @@ class Decoder:
         final_norm_H: Tensor,
         head: Linear,
         max_model_len: int,
+        kv_cache_dtype: str,
         notes: list[str],
     ) -> None:
         architecture = checkpoint.architecture
         self.device, self.dtype = embedding_VH.device, embedding_VH.dtype
+        self.kv_dtype = {"auto": self.dtype, "bf16": torch.bfloat16, "int8": torch.int8}[kv_cache_dtype]
         self.num_layers = architecture.num_layers
         self.num_heads = architecture.num_heads
         self.num_kv_heads = architecture.num_kv_heads
@@ -92,15 +95,16 @@ class Decoder:
 
     def new_kv(self, num_pages: int, page_size: int) -> KVPages:
         """Allocate zeroed pages for all layers."""
-        return [
-            new_kv_pages(num_pages, self.num_kv_heads, page_size, self.head_dim, self.dtype, self.device)
-            for _ in self._layers
-        ]
+        shape = num_pages, self.num_kv_heads, page_size, self.head_dim
+        if self.kv_dtype == torch.int8:
+            return [new_quantized_pages(*shape, self.device) for _ in self._layers]
+        return [new_kv_pages(*shape, self.kv_dtype, self.device) for _ in self._layers]
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        scale_bytes = SCALE_BYTES if self.kv_dtype == torch.int8 else 0
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * self.kv_dtype.itemsize + scale_bytes)
 
     def describe(self) -> list[str]:
         """How the linear layers compute: each way with the number of layers that take it."""
@@ -145,7 +149,7 @@ class Decoder:
         x_TH: Tensor,
         positions_T: Tensor,
         slots_T: Tensor,
-        pages: tuple[Tensor, Tensor],
+        pages: tuple[Pages, Pages],
         batch: AttentionBatch,
     ) -> Tensor:
         """Project, rotate, store and attend; [T, N * D], before the output projection."""
@@ -181,6 +185,7 @@ class _Loader:
         self.checkpoint, self.config, self.device, self.dtype = checkpoint, config, device, dtype
         self.architecture = checkpoint.architecture
         self.kept_dense: Counter[str] = Counter()
+        self.decoded: Counter[str] = Counter()
 
     def load(self) -> Decoder:
         max_model_len = resolve_max_model_len(self.checkpoint.config, self.config.max_model_len)
@@ -194,6 +199,7 @@ class _Loader:
             final_norm_H=self._read("model.norm.weight").to(self.dtype),
             head=self._prepare(embedding_VH, None) if head is None else self._linear([head], round_to_int4=False),
             max_model_len=max_model_len,
+            kv_cache_dtype=self.config.kv_cache_dtype,
             notes=self._notes(),
         )
 
@@ -217,58 +223,58 @@ class _Loader:
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read(name).to(self.device)
 
-    def _linear(self, parts: Sequence[LinearSpec], round_to_int4: bool = True) -> Linear:
+    def _linear(self, specs: Sequence[LinearSpec], round_to_int4: bool = True) -> Linear:
         """Read linear layers of the same input and fuse them into one."""
-        weights = [self._weight(part, round_to_int4) for part in parts]
-        biases = [self._read(part.name + ".bias").to(self.dtype) if part.has_bias else None for part in parts]
-        if len(parts) == 1:
-            return self._prepare(weights[0], biases[0])
-        fused = concatenate(weights)
+        parts = [self._weight(spec, round_to_int4) for spec in specs]
+        weights, order_K = [weight for weight, _ in parts], parts[0][1]
+        biases = [self._read(spec.name + ".bias").to(self.dtype) if spec.has_bias else None for spec in specs]
+        if len(specs) == 1:
+            return self._prepare(weights[0], biases[0], order_K)
+        is_one_order = all(_is_same_order(order_K, order) for _, order in parts)
+        fused = concatenate(weights) if is_one_order else None
         if fused is None:
-            return SideBySide([self._prepare(weight, bias) for weight, bias in zip(weights, biases)])
-        weights.clear()  # else the parts would live beside their copy while that is prepared
-        return self._prepare(fused, None if biases[0] is None else torch.cat([b for b in biases if b is not None]))
+            return SideBySide([self._prepare(weight, bias, order) for (weight, order), bias in zip(parts, biases)])
+        # Else the parts would live beside their copy while that is prepared.
+        weights.clear()
+        parts.clear()
+        bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
+        return self._prepare(fused, bias, order_K)
 
-    def _prepare(self, weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Linear:
-        # How packed int4 is multiplied is a choice that only a CPU has, and only for such weights.
-        has_choice = isinstance(weight, QuantizedWeight) and self.device.type == "cpu"
-        compute = self.config.linear_compute if has_choice else "auto"
-        return prepare_linear(weight, bias, dtype=self.dtype, device=self.device, compute=compute)
+    def _prepare(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, order_K: Tensor | None = None) -> Linear:
+        # How a weight is multiplied is a choice that only a CPU has.
+        compute = self.config.linear_compute if self.device.type == "cpu" else "auto"
+        if isinstance(weight, QuantizedWeight) and weight.bits != 4:
+            dtype = dtype_name(self.dtype)
+            self.decoded[f"{weight.bits}-bit weights are multiplied as a copy in {dtype}: no product takes them"] += 1
+            if self.device.type == "cuda":
+                weight = dequantize(weight, self.dtype)
+        linear = prepare_linear(weight, bias, dtype=self.dtype, device=self.device, compute=compute)
+        return linear if order_K is None else Reordered(linear, order_K)
 
-    def _weight(self, linear: LinearSpec, round_to_int4: bool) -> Tensor | QuantizedWeight:
+    def _weight(self, linear: LinearSpec, round_to_int4: bool) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+        """A layer's weight, and the order of its columns where that is not the order of its inputs."""
         if self.checkpoint.packed_format(linear.name) is not None:
             return self._packed_weight(linear)
         weight_NK = self._read(linear.name + ".weight")
         if self.config.quantization != "int4" or not round_to_int4 or self.checkpoint.quantization is not None:
-            return weight_NK.to(self.dtype)
+            return weight_NK.to(self.dtype), None
         group_size = fitting_group_size(linear.num_in, self.config.group_size)
         if group_size is None:
             self.kept_dense[f"input size {linear.num_in} is no multiple of 32"] += 1
-            return weight_NK.to(self.dtype)
-        try:
-            return quantize_to_nearest(weight_NK, group_size)
-        except ValueError as error:
-            raise CheckpointError(f"{self.checkpoint.uri}: tensor {linear.name}.weight: {error}") from error
+            return weight_NK.to(self.dtype), None
+        return quantize_to_nearest(weight_NK, group_size), None
 
-    def _packed_weight(self, linear: LinearSpec) -> Tensor | QuantizedWeight:
-        packed = self.checkpoint.packed_format(linear.name)
-        assert packed is not None
-        unpacked = unpack_weight(
-            self._read(linear.name + ".weight_packed"),
-            self._read(linear.name + ".weight_scale"),
-            None if packed.symmetric else self._read(linear.name + ".weight_zero_point"),
-            linear,
-            packed,
-        )
+    def _packed_weight(self, linear: LinearSpec) -> tuple[Tensor | QuantizedWeight, Tensor | None]:
+        unpacked = self.checkpoint.read_packed(linear, self.device)
         if self.config.quantization == "none":
-            self.kept_dense["quantization is none, so the checkpoint's int4 is decoded"] += 1
-            return unpacked.to_float().to(self.dtype)
+            self.kept_dense[f"quantization is none, so the checkpoint's int{unpacked.bits} is decoded"] += 1
+            return unpacked.to_float(self.dtype), None
         weight = unpacked.regroup()
         if weight is None:
-            size = packed.group_size or linear.num_in
+            size = unpacked.group_size
             self.kept_dense[f"its groups of {size} on an input size of {linear.num_in} fit no multiple of 32"] += 1
-            return unpacked.to_float().to(self.dtype)
-        return weight
+            return unpacked.to_float(self.dtype), None
+        return weight, unpacked.order_K
 
     def _notes(self) -> list[str]:
         dtype = dtype_name(self.dtype)
@@ -276,9 +282,27 @@ class _Loader:
             f"{count} linear layers stay in {dtype} instead of int4: {reason}"
             for reason, count in self.kept_dense.items()
         ]
+        notes += [f"{count} x {way}" for way, count in self.decoded.items()]
         for note in notes:
             logger.warning("%s: %s", self.checkpoint.uri, note)
         return [*self.checkpoint.notes, *notes]
+
+
+def _is_same_order(a_K: Tensor | None, b_K: Tensor | None) -> bool:
+    return (a_K is None) == (b_K is None) and (a_K is None or b_K is None or torch.equal(a_K, b_K))
+
+
+class Reordered:
+    """A linear layer whose weight has its columns in another order (act-order): x is brought into that first."""
+
+    def __init__(self, linear: Linear, order_K: Tensor) -> None:
+        self.linear, self.order_K = linear, order_K
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return self.linear(x_TK.index_select(1, self.order_K))
+
+    def describe(self) -> str:
+        return f"{self.linear.describe()}, inputs reordered"
 
 
 class SideBySide:

@@ -84,7 +84,9 @@ def prepare_cpu_linear(
     if bias is not None:
         bias = bias.to(dtype)
     if isinstance(weight, Tensor):
-        form = _choose_form(weight.shape[0], weight.shape[1], dtype, torch.get_num_threads())
+        # The other forms are copies, beside a weight which may live on as the embedding.
+        fewest_bytes = compute == "int4"
+        form = "plain" if fewest_bytes else _choose_form(*weight.shape, dtype, torch.get_num_threads())
         return CpuLinear(bias, _dense_product(weight.to(dtype), form), None, 0, f"{form} {dtype_name(dtype)}")
 
     from kernels.int4_linear import dequantize

@@ -81,22 +81,22 @@ class QuantizedWeight:
     def shape(self) -> tuple[int, int]:
         return self.q_NK.shape[0], self.q_NK.shape[1]
 
-    @property
-    def middle(self) -> int:
-        """The zero point where there is none of its own."""
-        return 1 << (self.bits - 1)
-
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [N, K], computed in float32 and rounded once to `dtype`; a few rows at a time, to hold little more."""
-    num_rows, num_columns = weight.shape
-    dense_NK = torch.empty(num_rows, num_columns, dtype=dtype, device=weight.q_NK.device)
+    """The weight [N, K], computed in float32 and rounded once to `dtype`."""
+    return dequantize_groups(weight.q_NK, weight.scale_NG, weight.zero_NG, weight.bits, dtype)
+
+
+def dequantize_groups(q_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: int, dtype: torch.dtype) -> Tensor:
+    """`dequantize` for any size of group, K / G; a few rows at a time, to hold little more than the result."""
+    num_rows, num_columns = q_NK.shape
+    dense_NK = torch.empty(num_rows, num_columns, dtype=dtype, device=q_NK.device)
     num_rows_at_once = max(1, EXPANDED_VALUES // num_columns)
     for start in range(0, num_rows, num_rows_at_once):
         rows = slice(start, start + num_rows_at_once)
-        values = weight.q_NK[rows].view(-1, num_columns // weight.group_size, weight.group_size).float()
-        values -= weight.middle if weight.zero_NG is None else weight.zero_NG[rows].float().unsqueeze(-1)
-        values *= weight.scale_NG[rows].unsqueeze(-1)
+        values = q_NK[rows].view(-1, scale_NG.shape[1], num_columns // scale_NG.shape[1]).float()
+        values -= 1 << (bits - 1) if zero_NG is None else zero_NG[rows].float().unsqueeze(-1)
+        values *= scale_NG[rows].unsqueeze(-1)
         dense_NK[rows] = values.view(-1, num_columns)
     return dense_NK
 

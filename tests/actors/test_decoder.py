@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as torch_load_file
+from safetensors.torch import save_file as torch_save_file
 
-from actors.checkpoint import load_tokenizer, open_checkpoint
+from actors.checkpoint import CheckpointError, load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
 from actors.decoder import Decoder, load_decoder
 from actors.quantization import quantize_to_nearest
@@ -450,11 +453,17 @@ def test_quantization_none_decodes_an_int4_checkpoint_and_says_so(model_zoo: Any
     torch.testing.assert_close(logits, reference_logits(model, prompt), rtol=2e-4, atol=2e-4)
 
 
-def test_a_weight_with_nan_is_not_rounded_but_named(model_zoo: Any, tmp_path: Path) -> None:
-    model = model_zoo.reference(make(model_zoo, "llama"))
-    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
-    model.save_pretrained(tmp_path / "broken")
-    with pytest.raises(ValueError, match=r"tensor model.layers.1.mlp.up_proj.weight: the weight holds NaN"):
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("name", ["layers.1.mlp.up_proj.weight", "norm.weight", "embed_tokens.weight"])
+def test_a_tensor_with_nan_or_infinity_is_refused_by_name(
+    model_zoo: Any, tmp_path: Path, name: str, value: float
+) -> None:
+    source = make(model_zoo, "llama", dtype=torch.bfloat16)
+    shutil.copytree(source, tmp_path / "broken")
+    tensors = torch_load_file(source / "model.safetensors")
+    tensors[f"model.{name}"].view(-1)[3] = value
+    torch_save_file(tensors, tmp_path / "broken" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"tensor model.{name} of shape \[.*\] holds NaN or infinity"):
         load(tmp_path / "broken", quantization="int4")
 
 
