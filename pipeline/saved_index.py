@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 DRAFTS = "_drafts"
 SAVE_EVERY_S = 30.0
 MAX_SAVING_SHARE = 0.05
-"""Of the time since the last save. A small index is saved at every pause, one that takes a second every 20 s."""
+"""Of a worker's time, after its first FREE_SAVING_S: where pauses are many and the index is large, not all are used."""
+
+FREE_SAVING_S = 2.0
 
 STALE_S = 600.0
 """A file of this run that nobody has written for so long may go once its content is in another."""
@@ -53,8 +55,8 @@ class SavedIndex:
         self._is_used = config.method in METHODS_WITH_INDEX
         self._max_bytes = config.corpus_index_bytes
         self._clock = clock
-        self._saved_at = clock()
-        self._save_s = 0.0
+        self._started_at = self._saved_at = clock()
+        self._saving_s = 0.0
         self._written = b""
         self._others: dict[str, tuple[str, float]] = {}  # path -> etag, and when it was seen
 
@@ -79,10 +81,9 @@ class SavedIndex:
 
     def is_due(self, *, is_idle: bool) -> bool:
         """Whether to save now: at a pause, else twice a minute; and never for more than its share of the time."""
-        pause_s = self._save_s / MAX_SAVING_SHARE
-        if not is_idle:
-            pause_s = max(SAVE_EVERY_S, pause_s)
-        return self._is_used and self._clock() - self._saved_at >= pause_s
+        now = self._clock()
+        has_time = self._saving_s <= FREE_SAVING_S + MAX_SAVING_SHARE * (now - self._started_at)
+        return self._is_used and has_time and (is_idle or now - self._saved_at >= SAVE_EVERY_S)
 
     def save_from(self, worker: Worker) -> None:
         """Write what the worker's engine knows, and remove the files of workers that are gone."""
@@ -96,7 +97,7 @@ class SavedIndex:
         except Exception as error:  # a cache, again
             self._note(f"the index of answers could not be saved: {error}")
         self._saved_at = self._clock()
-        self._save_s = self._saved_at - started
+        self._saving_s += self._saved_at - started
 
     def _list(self) -> list[FileInfo]:
         return [file for file in self._output.list(DRAFTS) if file.path.endswith(".index")]

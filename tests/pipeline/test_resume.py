@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from driver import Driver, undisturbed_responses
-from fake_worker import FakeWorkers, LocalGate, answer_to
+from fake_worker import ACCEPTED, DRAFTED, FakeWorkers, LocalGate, answer_to
 
 from actors.checkpoint import load_tokenizer
 from actors.config import EngineConfig
 from jobs.run import run
+from jobs.status import status
 from pipeline.admission import Admission
 from pipeline.job import FingerprintMismatch, Job, load_job
 from pipeline.ledger import read_metrics, read_runs
@@ -180,3 +181,58 @@ def publish_slices(job: Job, shard: Shard, workers: FakeWorkers) -> None:
             await runner.run(slice_)
 
     asyncio.run(go())
+
+
+def test_drafts_of_a_run_stopped_and_continued_sum_to_what_was_drafted_and_the_index_goes_from_run_to_run(
+    write_corpus, write_job, fake_workers, tmp_path, capsys
+):
+    write_corpus({"a": [f"first{i}" for i in range(20)], "b": [f"second{i}" for i in range(10)]})
+    output = Storage(str(tmp_path / "out"))
+    job, workers = str(write_job(limits={"budget_usd": 1e-9})), fake_workers(delay_s=0.2, drafts=True)
+    assert run(job, ["pool.max_slices_in_flight=1"], new_worker=workers) == 4
+    assert 0 < workers.num_drafted() < 30
+    assert run(job, ["limits.budget_usd=null"], new_worker=workers) == 0
+    assert workers.num_drafted() == 30
+    known = [f"first{i}" for i in range(20)] + [f"second{i}" for i in range(10)]
+    check_drafts(output, 30, known)
+
+    write_corpus({"c": ["third FAIL"]})
+    capsys.readouterr()
+    assert run(job, ["limits.budget_usd=null"], new_worker=workers) == 0
+    check_drafts(output, 31, [*known, "third", "FAIL"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "310 drafted, 186 accepted (60.0%), acceptance length 7.0; corpus 155/186, ngram 31/124" in said
+    assert "1 switched off after a failure" in said and "speculation 7.8 s of device time" in said
+    assert "note the drafter corpus failed and was switched off: out of luck" in said
+    assert status(output.uri) == 0
+    assert "310 drafted, 186 accepted" in " ".join(capsys.readouterr().out.split())
+
+
+def check_drafts(output: Storage, num_rows: int, known: list[str]) -> None:
+    """Rows, shards and the summary agree on the drafts, and one index holds what all answers had."""
+    tables = read_results(Path(output.uri)).values()
+    for column, per_row in (("drafted_tokens", DRAFTED), ("accepted_tokens", ACCEPTED)):
+        assert sum(sum(table[column].to_pylist()) for table in tables) == num_rows * sum(per_row.values())
+    metrics = read_metrics(output)
+    expected = [
+        {"drafter": name, "drafted_tokens": num_rows * DRAFTED[name], "accepted_tokens": num_rows * ACCEPTED[name]}
+        for name in sorted(DRAFTED)
+    ]
+    summed = [
+        {
+            "drafter": name,
+            **{
+                key: sum(drafter[key] for row in metrics for drafter in row["drafters"] if drafter["drafter"] == name)
+                for key in ("drafted_tokens", "accepted_tokens")
+            },
+        }
+        for name in sorted(DRAFTED)
+    ]
+    assert summed == expected
+    summary = json.loads(output.read_bytes("_SUCCESS"))
+    assert summary["bill"]["drafters"] == expected
+    assert summary["bill"]["num_verify_steps"] == sum(row["num_verify_steps"] for row in metrics) == num_rows
+    assert summary["bill"]["saved_by_speculation_estimate_s"] == pytest.approx(0.25 * num_rows)
+    assert "saved_by_speculation_estimate_s" in summary["estimates"]
+    (file,) = output.list("_drafts")
+    assert set(output.read_bytes(file.path).decode().split()[1:]) == set(known)
