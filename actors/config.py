@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class SpeculativeConfig(BaseModel):
@@ -71,7 +71,10 @@ class EngineConfig(BaseModel):
         Literal["auto", "int4", "dense"],
         Field(description="on a CPU: multiply packed int4, a dense copy, or whichever was measured to be faster"),
     ] = "auto"
-    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_dtype: Annotated[
+        Literal["auto", "bf16", "int8", "fp8"],
+        Field(description="of keys and values; auto: the activations'; int8: a scale per token and head"),
+    ] = "auto"
     deterministic: Annotated[
         bool,
         Field(
@@ -89,3 +92,10 @@ class EngineConfig(BaseModel):
     enable_prefix_caching: bool = True
     enable_prefix_groups: Annotated[bool, Field(description="attend pages shared within a step once")] = True
     num_threads: Annotated[int | None, Field(ge=1, description="CPU threads of torch; default: torch's own")] = None
+
+    @field_validator("kv_cache_dtype")
+    @classmethod
+    def _refuse_fp8(cls, value: str) -> str:
+        if value == "fp8":
+            raise ValueError("kv_cache_dtype=fp8 is not supported yet; use int8 for as few bytes, or bf16 or auto")
+        return value

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.kv_cache
+import kernels.quantized_kv
 import kernels.rms_norm
 import kernels.rope
 import kernels.sampling
 import kernels.silu_mul
 from kernels.attention_batch import AttentionBatch
 from kernels.int4_linear import QuantizedWeight
+from kernels.quantized_kv import Pages, QuantizedPages
 from kernels.sampling import SampleResult, SamplingBatch
 
 
@@ -69,8 +71,21 @@ def silu_mul(gate_up_TF: Tensor) -> Tensor:
     return (version.silu_mul_triton if is_cuda("silu_mul", gate_up_TF) else version.silu_mul_cpu)(gate_up_TF)
 
 
-def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Tensor, v_pages_PKSD: Tensor, slots_T: Tensor) -> None:
-    """Write keys and values into slots of the pages, in place; slot = page * S + offset."""
+def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Pages, v_pages_PKSD: Pages, slots_T: Tensor) -> None:
+    """Write keys and values into slots of the pages, in place; slot = page * S + offset.
+
+    Quantised pages, and bfloat16 ones, take keys and values of any dtype.
+    """
+    if isinstance(k_pages_PKSD, QuantizedPages) and isinstance(v_pages_PKSD, QuantizedPages):
+        quantized = kernels.quantized_kv
+        write_quantized = (
+            quantized.write_quantized_kv_triton if is_cuda("write_kv", k_TKD) else quantized.write_quantized_kv_cpu
+        )
+        write_quantized(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
+        return
+    assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)
+    if k_pages_PKSD.dtype == torch.bfloat16:
+        k_TKD, v_TKD = k_TKD.bfloat16(), v_TKD.bfloat16()
     version = kernels.kv_cache
     write = version.write_kv_triton if is_cuda("write_kv", k_TKD) else version.write_kv_cpu
     write(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
@@ -78,8 +93,8 @@ def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Tensor, v_pages_PKSD: T
 
 def paged_attention(
     q_TND: Tensor,
-    k_pages_PKSD: Tensor,
-    v_pages_PKSD: Tensor,
+    k_pages_PKSD: Pages,
+    v_pages_PKSD: Pages,
     batch: AttentionBatch,
     scale: float,
     window: int | None = None,
@@ -94,6 +109,10 @@ def paged_attention(
         return paged_attention_triton(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
     from kernels.cpu_attention import paged_attention_cpu
 
+    if k_pages_PKSD.dtype != q_TND.dtype and k_pages_PKSD.dtype in (torch.int8, torch.bfloat16):
+        convert = kernels.quantized_kv.attend_converted
+        return convert(paged_attention_cpu, q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+    assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)
     return paged_attention_cpu(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
 
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from kernels.attention_batch import AttentionBatch
 from kernels.on_demand import triton_kernel
+from kernels.quantized_kv import Pages, QuantizedPages
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -47,6 +48,8 @@ def _attend_kernel(
     q,
     k_pages,
     v_pages,
+    k_scales,
+    v_scales,
     out,
     partial,
     partial_lse,
@@ -61,6 +64,8 @@ def _attend_kernel(
     k_stride_head,
     v_stride_page,
     v_stride_head,
+    scales_stride_page,
+    scales_stride_head,
     num_heads,
     head_dim,
     HEADS_PER_KV: tl.constexpr,
@@ -70,11 +75,13 @@ def _attend_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program per part and key/value head. `scale` includes log2(e): the one base here is 2.
 
-    Moves the keys and values of the part's range once, its queries once, and its result once.
+    Moves the keys and values of the part's range once, its queries once, and its result once. Of int8 pages the bytes
+    go into the products as they are: the scale of a key multiplies its score, that of a value its weight.
     """
     part = parts + tl.program_id(0) * 6
     kv_head = tl.program_id(1).to(tl.int64)
@@ -109,8 +116,11 @@ def _attend_kernel(
         in_page = (key % PAGE) * head_dim
         load_inside = key_inside[:, None] & column_inside[None, :]
         at_k = page * k_stride_page + kv_head * k_stride_head + in_page
-        keys = tl.load(k_pages + at_k[:, None] + column[None, :], mask=load_inside, other=0.0)
+        keys = tl.load(k_pages + at_k[:, None] + column[None, :], mask=load_inside, other=0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if QUANTIZED:
+            at_scale = page * scales_stride_page + kv_head * scales_stride_head + key % PAGE
+            scores = scores * tl.load(k_scales + at_scale, mask=key_inside, other=0.0)[None, :]
         seen = key_inside[None, :] & (key[None, :] <= position[:, None])
         if WINDOWED:
             seen = seen & (key[None, :] > position[:, None] - window)
@@ -123,8 +133,10 @@ def _attend_kernel(
         decay = tl.exp2((best - shift) * scale)
         total = total * decay + tl.sum(weights, axis=1)
         at_v = page * v_stride_page + kv_head * v_stride_head + in_page
-        values = tl.load(v_pages + at_v[:, None] + column[None, :], mask=load_inside, other=0.0)
-        acc = tl.dot(weights.to(values.dtype), values, acc * decay[:, None], input_precision="ieee")
+        values = tl.load(v_pages + at_v[:, None] + column[None, :], mask=load_inside, other=0).to(queries.dtype)
+        if QUANTIZED:
+            weights = weights * tl.load(v_scales + at_scale, mask=key_inside, other=0.0)[None, :]
+        acc = tl.dot(weights.to(queries.dtype), values, acc * decay[:, None], input_precision="ieee")
         best = new_best
 
     empty = total == 0.0
@@ -310,8 +322,8 @@ def _upload(
 
 def paged_attention_triton(
     q_TND: Tensor,
-    k_pages_PKSD: Tensor,
-    v_pages_PKSD: Tensor,
+    k_pages_PKSD: Pages,
+    v_pages_PKSD: Pages,
     batch: AttentionBatch,
     scale: float,
     window: int | None = None,
@@ -320,7 +332,7 @@ def paged_attention_triton(
 
     Head dimensions 8 to 256, also ones that are no power of two; 1 to 16 query heads per key/value head; any page
     size, and any strides of pages, page heads, tokens and query heads. Partial results take float32 [T', N, D], where
-    T' counts a token once per part.
+    T' counts a token once per part. Pages are of q's dtype, bfloat16, or quantised.
     """
     check_attention(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
     num_tokens, num_heads, head_dim = q_TND.shape
@@ -336,13 +348,17 @@ def paged_attention_triton(
     partial = torch.empty((plan.num_slots, num_heads, head_dim), dtype=torch.float32, device=q_TND.device)
     partial_lse = torch.empty((plan.num_slots, num_heads), dtype=torch.float32, device=q_TND.device)
     block = max(16, 1 << (head_dim - 1).bit_length())
+    k_values, k_scales, scales_strides = _values_and_scales(k_pages_PKSD)
+    v_values, v_scales, _ = _values_and_scales(v_pages_PKSD)
     for parts, rows in ((plan.small_parts, SMALL_ROWS), (plan.large_parts, LARGE_ROWS)):
         if not len(parts):
             continue
         _attend_kernel[(len(parts), num_kv_heads)](
             q_TND,
-            k_pages_PKSD,
-            v_pages_PKSD,
+            k_values,
+            v_values,
+            k_scales,
+            v_scales,
             out_TND,
             partial,
             partial_lse,
@@ -353,10 +369,11 @@ def paged_attention_triton(
             window or 0,
             q_TND.stride(0),
             q_TND.stride(1),
-            k_pages_PKSD.stride(0),
-            k_pages_PKSD.stride(1),
-            v_pages_PKSD.stride(0),
-            v_pages_PKSD.stride(1),
+            k_values.stride(0),
+            k_values.stride(1),
+            v_values.stride(0),
+            v_values.stride(1),
+            *scales_strides,
             num_heads,
             head_dim,
             HEADS_PER_KV=num_heads // num_kv_heads,
@@ -366,6 +383,7 @@ def paged_attention_triton(
             BLOCK=block,
             PADDED=block != head_dim,
             WINDOWED=window is not None,
+            QUANTIZED=isinstance(k_pages_PKSD, QuantizedPages),
             STAGES=3 if block <= 128 else 2,
             num_warps=8 if rows == LARGE_ROWS and block > 128 else 4,
         )
@@ -387,6 +405,13 @@ def paged_attention_triton(
     return out_TND
 
 
+def _values_and_scales(pages: Pages) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Pages as the kernel takes them; pages that have no scales stand in for these, which are then not read."""
+    if isinstance(pages, QuantizedPages):
+        return pages.values_PKSD, pages.scales_PKS, pages.scales_PKS.stride()[:2]
+    return pages, pages, (0, 0)
+
+
 def keys_per_tile(rows: int, block: int, device: torch.device) -> int:
     """How many keys a program takes at once: half as many where their scores and values would not fit the registers.
 
@@ -402,11 +427,11 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def check_attention(
-    q_TND: Tensor, k_pages: Tensor, v_pages: Tensor, batch: AttentionBatch, scale: float, window: int | None
+    q_TND: Tensor, k_pages: Pages, v_pages: Pages, batch: AttentionBatch, scale: float, window: int | None
 ) -> None:
     """Refuse what does not belong together. Page ids are not read: they must be in [0, P)."""
     num_tokens, num_heads, head_dim = q_TND.shape
-    if k_pages.ndim != 4 or k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim:
+    if len(k_pages.shape) != 4 or k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim:
         raise ValueError(
             f"paged_attention: pages are {tuple(k_pages.shape)} and {tuple(v_pages.shape)}; "
             f"they must be [pages, heads, slots, {head_dim}]"
@@ -420,8 +445,10 @@ def check_attention(
         raise ValueError(f"paged_attention: head dimension is {head_dim}; it must be 8 to 256")
     if q_TND.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"paged_attention: q is {q_TND.dtype}; it must be float32, float16 or bfloat16")
-    for name, x in (("k pages", k_pages), ("v pages", v_pages)):
-        if x.dtype != q_TND.dtype or x.device != q_TND.device:
+    for name, pages in (("k pages", k_pages), ("v pages", v_pages)):
+        x = pages.values_PKSD if isinstance(pages, QuantizedPages) else pages
+        fits = isinstance(pages, QuantizedPages) or x.dtype in (q_TND.dtype, torch.bfloat16)
+        if not fits or x.device != q_TND.device:
             raise ValueError(
                 f"paged_attention: {name} are {x.dtype} on {x.device}, q is {q_TND.dtype} on {q_TND.device}"
             )

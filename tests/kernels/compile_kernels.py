@@ -23,6 +23,7 @@ from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
 from kernels.int4_linear import Int4Linear, QuantizedWeight
 from kernels.kv_cache import write_kv_triton
 from kernels.on_demand import KernelOnDemand
+from kernels.quantized_kv import new_quantized_pages, write_quantized_kv_triton
 from kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from kernels.rope import rope_triton
 from kernels.sampling import Penalties, SamplingBatch, sample_triton
@@ -33,6 +34,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -67,6 +69,7 @@ def launch_everything(recorder):
         rope_triton(q, k, torch.arange(16), torch.zeros(64, 64), torch.zeros(64, 64))
         pages = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in new_kv_pages(32, 8, 16, 128, dtype, k.device)]
         write_kv_triton(k, k, *pages, torch.arange(16))
+        write_quantized_kv_triton(k, k, *new_quantized_pages(32, 8, 16, 128, k.device), torch.arange(16))
         for head_dim in (64, 80, 128, 256):
             launch_attention(recorder, head_dim, dtype)
         for group_size in (32, 64, 128):
@@ -80,9 +83,10 @@ def launch_everything(recorder):
 
 
 def launch_attention(recorder, head_dim, dtype):
-    pages = new_kv_pages(64, 8, 16, head_dim, dtype, torch.device("cpu"))
-    for window in (None, 128):
-        recorder.label = f"{str(dtype).removeprefix('torch.')} D={head_dim} window={window}"
+    device = torch.device("cpu")
+    dense, int8 = new_kv_pages(64, 8, 16, head_dim, dtype, device), new_quantized_pages(64, 8, 16, head_dim, device)
+    for pages, window in ((dense, None), (dense, 128), (int8, None)):
+        recorder.label = f"{str(dtype).removeprefix('torch.')} D={head_dim} window={window} {pages[0].dtype}"
         batch = AttentionBatch([1, 1, 14], [600, 40, 600], [list(range(40))] * 3, 16, [PrefixGroup(0, 2, [0, 1])])
         paged_attention.paged_attention_triton(torch.zeros(16, 32, head_dim, dtype=dtype), *pages, batch, 0.1, window)
 

@@ -19,6 +19,7 @@ ALL_KERNELS = MULTIPLYING | {
     "silu_mul_kernel",
     "rope_kernel",
     "write_kv_kernel",
+    "write_quantized_kernel",
     "merge_kernel",
     "expand_kernel",
     "sample_kernel",
