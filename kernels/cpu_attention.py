@@ -4,13 +4,15 @@ The flash kernel attends queries to keys that lie at constant strides; a request
 together for every layer and step costs more than attending to them, so the work of a step is cut into parts whose keys
 do lie at constant strides, and the partial results are merged exactly (as in FlashAttention, arXiv 2205.14135):
 
-- decode: one part per (request, page), all of them in one call over the range of pages that they span;
+- decode and verification (up to 32 query tokens of a request): one part per (request, page), all parts of requests
+  with about as many queries in one call over the range of pages that they span; for very few requests, whose calls
+  would be tiny, one part per request;
 - prefix groups: one part per group, its shared pages against the queries of all its requests at once;
 - prefill: a chunk against itself (causal, one padded call per bucket of lengths), and a part per request for what it
   has in the cache before the chunk.
 
 Grouped-query attention: the G = N / K query heads of a key/value head are laid side by side as query rows.
-Shape letters as in `kernels.attention_batch`; X parts, R rows of queries, L chunk length, C keys.
+Shape letters as in `kernels.attention_batch`; X parts, R rows of queries, L queries of a part, C keys of a part.
 Sliding windows take a plain path, one masked call per request, when a context is longer than the window.
 """
 
@@ -28,18 +30,25 @@ MAX_WASTE = 1.3
 """Pages of a decode are read in place as one range while that range has at most this many times the pages in use;
 beyond, they are gathered first (measured: a gather costs about as much as attending to as many pages again)."""
 
+MAX_FEW_QUERIES = 32
+"""Requests with at most so many query tokens attend page by page, others as prompts do."""
+
+FEW_REQUESTS = 4
+"""Up to so many requests attend in one call each: with one of the demo's, 4 calls for 24 pages take half as long as
+one call over the pages and the merging of its 24 results."""
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(slots=True)
-class _Decode:
-    """One query row per part, one part per page. `rows_X` is where a part's result goes: row T (one past the last) for
-    parts that nobody asked for, the holes in a range of pages that is read in place."""
+class _Parts:
+    """L query rows per part, in one call. `rows_XL` is where results go: row T (one past the last) for what nobody
+    asked for, such as holes in a range of pages that is read in place. `pages` may be many pages of one part."""
 
-    query_rows_X: Tensor
-    rows_X: Tensor
+    query_rows_XL: Tensor
+    rows_XL: Tensor
     pages: slice | Tensor
-    mask_X11S: Tensor
+    mask_X1RC: Tensor
 
 
 @dataclass(slots=True)
@@ -65,8 +74,10 @@ class _Context:
 @dataclass(slots=True)
 class _Merge:
     """Which partial results make which query rows: `single_parts` are the whole result of `single_rows`; the parts of
-    `rows` are in `table`, padded with a part of weight 0 where `is_padding`."""
+    `rows` are in `table`, padded with a part of weight 0 where `is_padding`. `is_in_order`: each part is the whole
+    result of its own row."""
 
+    is_in_order: bool
     single_rows: Tensor
     single_parts: Tensor
     rows: Tensor
@@ -76,7 +87,7 @@ class _Merge:
 
 @dataclass(slots=True)
 class _Plan:
-    decode: _Decode | None
+    parts: list[_Parts]
     chunks: list[_Chunks]
     contexts: list[_Context]
     merge: _Merge
@@ -103,16 +114,14 @@ def paged_attention_cpu(
 
     plan = batch.cache.get("cpu_attention")
     if plan is None:
-        plan = batch.cache["cpu_attention"] = _plan(batch, q_TND.dtype)
-    parts: list[tuple[Tensor, Tensor]] = []
-    if plan.decode is not None:
-        parts.append(_attend_decode(plan.decode, q_TKGD, k_KPSD, v_KPSD, scale))
+        plan = batch.cache["cpu_attention"] = _plan(batch, q_TND.dtype, num_heads // num_kv_heads)
+    parts = [_attend_parts(parts, q_TKGD, k_KPSD, v_KPSD, scale) for parts in plan.parts]
     parts.extend(_attend_chunks(chunks, q_TKGD, k_KPSD, v_KPSD, scale) for chunks in plan.chunks)
     parts.extend(_attend_context(context, q_TKGD, k_KPSD, v_KPSD, scale) for context in plan.contexts)
     return _merge_parts(plan.merge, parts, q_TKGD)
 
 
-def _plan(batch: AttentionBatch, dtype: torch.dtype) -> _Plan:
+def _plan(batch: AttentionBatch, dtype: torch.dtype, num_grouped: int) -> _Plan:
     size = batch.page_size
     num_shared_pages = [0] * len(batch.query_lens)
     first_rows = [0]
@@ -126,33 +135,111 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype) -> _Plan:
         pages = _as_slice(group.page_ids)
         contexts.append(_Context(first_rows[group.first_request], first_rows[stop], pages, len(group.page_ids) * size))
 
-    decode_parts = []
+    small = []
     prefills = []
     for request, num_queries in enumerate(batch.query_lens):
         num_shared, num_context = num_shared_pages[request], batch.context_lens[request]
-        pages_of = batch.page_ids[request]
-        if num_queries == 1:
-            for i in range(num_shared, -(-num_context // size)):
-                decode_parts.append((int(pages_of[i]), first_rows[request], min(size, num_context - i * size)))
+        own_pages = batch.page_ids[request][num_shared : -(-num_context // size)]
+        if num_queries <= MAX_FEW_QUERIES:
+            small.append(_Small(first_rows[request], num_queries, num_context, num_shared * size, own_pages))
             continue
         prefills.append(request)
         num_before = num_context - num_queries
         if num_before > num_shared * size:
-            pages = _as_slice(pages_of[num_shared : -(-num_before // size)])
+            pages = _as_slice(own_pages[: -(-num_before // size) - num_shared])
             contexts.append(
                 _Context(first_rows[request], first_rows[request + 1], pages, num_before - num_shared * size)
             )
 
-    decode = _plan_decode(decode_parts, size, batch.num_tokens, dtype) if decode_parts else None
+    parts = _plan_small(small, size, batch.num_tokens, dtype, num_grouped)
     chunks = [_plan_chunks(bucket, first_rows, batch) for bucket in _buckets(prefills, batch.query_lens)]
-    rows = [decode.rows_X] if decode is not None else []
+    rows = [part.rows_XL.flatten() for part in parts]
     rows.extend(chunk.rows for chunk in chunks)
     rows.extend(torch.arange(context.start, context.stop) for context in contexts)
-    return _Plan(decode, chunks, contexts, _plan_merge(torch.cat(rows), batch.num_tokens))
+    return _Plan(parts, chunks, contexts, _plan_merge(torch.cat(rows), batch.num_tokens))
+
+
+@dataclass(frozen=True, slots=True)
+class _Small:
+    """A request with few queries, and its own pages, whose first slot is its token `first_key`."""
+
+    first_row: int
+    num_queries: int
+    num_context: int
+    first_key: int
+    pages: Sequence[int]
+
+
+def _plan_small(
+    requests: list[_Small], page_size: int, num_tokens: int, dtype: torch.dtype, num_grouped: int
+) -> list[_Parts]:
+    if len(requests) <= FEW_REQUESTS:
+        runs = [_as_slice(request.pages) for request in requests]
+        if all(isinstance(run, slice) for run in runs):
+            return [
+                _new_parts(
+                    [(request, request.first_key)], run, num_tokens, len(request.pages) * page_size, dtype, num_grouped
+                )
+                for request, run in zip(requests, runs)
+            ]
+    by_length: dict[int, list[_Small]] = {}
+    for request in requests:
+        by_length.setdefault((request.num_queries - 1).bit_length(), []).append(request)
+    return [_plan_pages(by_length[key], page_size, num_tokens, dtype, num_grouped) for key in sorted(by_length)]
+
+
+def _plan_pages(
+    requests: list[_Small], page_size: int, num_tokens: int, dtype: torch.dtype, num_grouped: int
+) -> _Parts:
+    """One part per page. A page with two readers cannot be read in place twice."""
+    owners: list[tuple[int, tuple[_Small, int]]] = [
+        (page, (request, request.first_key + i * page_size))
+        for request in requests
+        for i, page in enumerate(request.pages)
+    ]
+    owners.sort(key=lambda owner: owner[0])
+    first, last = owners[0][0], owners[-1][0]
+    pages: slice | Tensor
+    if last - first + 1 <= MAX_WASTE * len(owners) and len({page for page, _ in owners}) == len(owners):
+        by_page = dict(owners)
+        readers = [by_page.get(page, _NOBODY) for page in range(first, last + 1)]
+        pages = slice(first, last + 1)
+    else:
+        readers = [reader for _, reader in owners]
+        pages = torch.tensor([page for page, _ in owners])
+    return _new_parts(readers, pages, num_tokens, page_size, dtype, num_grouped)
+
+
+_NOBODY = (_Small(0, 1, 0, 0, ()), 1)
+
+
+def _new_parts(
+    readers: list[tuple[_Small, int]],
+    pages: slice | Tensor,
+    num_tokens: int,
+    num_keys: int,
+    dtype: torch.dtype,
+    num_grouped: int,
+) -> _Parts:
+    """`readers` are (request, position of the part's first key). Queries are padded by repeating the last one. What
+    a query may see nothing of is computed without a mask and goes to row T."""
+    first_row_X, num_queries_X, num_context_X, first_key_X = torch.tensor(
+        [(request.first_row, request.num_queries, request.num_context, key) for request, key in readers]
+    ).unbind(1)
+    offsets_XL = torch.minimum(torch.arange(int(num_queries_X.max())), num_queries_X[:, None] - 1)
+    query_rows_XL = first_row_X[:, None] + offsets_XL
+    # How many of the part's keys a query sees: those up to itself.
+    num_seen_XL = (num_context_X - num_queries_X - first_key_X)[:, None] + offsets_XL + 1
+    is_padding_XL = torch.arange(offsets_XL.shape[1]) >= num_queries_X[:, None]
+    rows_XL = query_rows_XL.masked_fill(is_padding_XL | (num_seen_XL <= 0), num_tokens)
+    hidden_XLC = (torch.arange(num_keys) >= num_seen_XL[:, :, None]) & (num_seen_XL > 0)[:, :, None]
+    mask_XLC = torch.zeros(hidden_XLC.shape, dtype=dtype).masked_fill_(hidden_XLC, float("-inf"))
+    return _Parts(query_rows_XL, rows_XL, pages, mask_XLC.repeat_interleave(num_grouped, 1)[:, None])
 
 
 def _plan_merge(row_of_part: Tensor, num_tokens: int) -> _Merge:
     """Parts of row `num_tokens` are those that nobody asked for."""
+    is_in_order = len(row_of_part) == num_tokens and bool((row_of_part == torch.arange(num_tokens)).all())
     order = row_of_part.argsort(stable=True)
     counts = torch.bincount(row_of_part, minlength=num_tokens + 1)
     starts = counts.cumsum(0) - counts
@@ -161,27 +248,7 @@ def _plan_merge(row_of_part: Tensor, num_tokens: int) -> _Merge:
     steps_M = torch.arange(int(counts[:num_tokens].max()))
     is_padding_RM = steps_M >= counts[rows][:, None]
     table_RM = order[torch.where(is_padding_RM, starts[rows][:, None], starts[rows][:, None] + steps_M)]
-    return _Merge(single_rows, order[starts[single_rows]], rows, table_RM, is_padding_RM[:, :, None])
-
-
-def _plan_decode(parts: list[tuple[int, int, int]], page_size: int, num_tokens: int, dtype: torch.dtype) -> _Decode:
-    """`parts` are (page, query row, number of valid slots). A page with two readers cannot be read in place twice."""
-    parts.sort()
-    first, last = parts[0][0], parts[-1][0]
-    in_place = last - first + 1 <= MAX_WASTE * len(parts) and len({page for page, _, _ in parts}) == len(parts)
-    pages: slice | Tensor
-    if in_place:
-        by_page = {page: (row, valid) for page, row, valid in parts}
-        filled = [by_page.get(page, (num_tokens, page_size)) for page in range(first, last + 1)]
-        pages = slice(first, last + 1)
-    else:
-        filled = [(row, valid) for _, row, valid in parts]
-        pages = torch.tensor([page for page, _, _ in parts])
-    rows_X = torch.tensor([row for row, _ in filled])
-    num_valid_X = torch.tensor([valid for _, valid in filled])
-    mask_XS = torch.zeros(len(filled), page_size, dtype=dtype)
-    mask_XS.masked_fill_(torch.arange(page_size) >= num_valid_X[:, None], float("-inf"))
-    return _Decode(rows_X.clamp(max=num_tokens - 1), rows_X, pages, mask_XS[:, None, None, :])
+    return _Merge(is_in_order, single_rows, order[starts[single_rows]], rows, table_RM, is_padding_RM[:, :, None])
 
 
 def _buckets(requests: list[int], query_lens: list[int]) -> list[list[int]]:
@@ -220,14 +287,18 @@ def _select(pages_KPSD: Tensor, pages: slice | Tensor) -> Tensor:
     return pages_KPSD[:, pages] if isinstance(pages, slice) else pages_KPSD.index_select(1, pages)
 
 
-def _attend_decode(
-    plan: _Decode, q_TKGD: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
-    q_XKGD = q_TKGD.index_select(0, plan.query_rows_X)
-    k_XKSD = _select(k_KPSD, plan.pages).transpose(0, 1)
-    v_XKSD = _select(v_KPSD, plan.pages).transpose(0, 1)
-    mask = plan.mask_X11S.expand(-1, 1, q_TKGD.shape[2], -1)
-    return _flash(q_XKGD, k_XKSD, v_XKSD, attn_mask=mask, scale=scale)
+def _attend_parts(plan: _Parts, q_TKGD: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    num_parts, num_queries = plan.query_rows_XL.shape
+    _, num_kv_heads, num_grouped, head_dim = q_TKGD.shape
+    q_XLKGD = q_TKGD.index_select(0, plan.query_rows_XL.flatten()).view(num_parts, num_queries, *q_TKGD.shape[1:])
+    q_XKRD = q_XLKGD.transpose(1, 2).reshape(num_parts, num_kv_heads, num_queries * num_grouped, head_dim)
+    keys_shape = (num_kv_heads, num_parts, -1, head_dim)
+    k_XKCD = _select(k_KPSD, plan.pages).reshape(keys_shape).transpose(0, 1)
+    v_XKCD = _select(v_KPSD, plan.pages).reshape(keys_shape).transpose(0, 1)
+    output, lse = _flash(q_XKRD, k_XKCD, v_XKCD, attn_mask=plan.mask_X1RC, scale=scale)
+    output = output.view(num_parts, num_kv_heads, num_queries, num_grouped, head_dim).transpose(1, 2)
+    lse = lse.view(num_parts, num_kv_heads, num_queries, num_grouped).transpose(1, 2)
+    return output.flatten(0, 1), lse.flatten(0, 1)
 
 
 def _attend_chunks(
@@ -268,10 +339,12 @@ def _merge_parts(plan: _Merge, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tenso
     """Put the result of every query row together: as it is where there is one part, else the sum of its parts, each
     weighted by exp(lse) over the sum of these."""
     num_tokens, num_kv_heads, num_grouped, head_dim = q_TKGD.shape
-    merged_TND = q_TKGD.new_empty(num_tokens, num_kv_heads * num_grouped, head_dim)
     output_XND = (
         torch.cat([output.flatten(1, 2) for output, _ in parts]) if len(parts) > 1 else parts[0][0].flatten(1, 2)
     )
+    if plan.is_in_order:
+        return output_XND
+    merged_TND = q_TKGD.new_empty(num_tokens, num_kv_heads * num_grouped, head_dim)
     if len(plan.single_rows):
         merged_TND.index_copy_(0, plan.single_rows, output_XND.index_select(0, plan.single_parts))
     if len(plan.rows):
