@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.acceptance import MIN_SURVIVAL, Acceptance
+from actors.acceptance import MIN_SURVIVAL, WEAK_CHANCE, Acceptance
 from actors.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -69,6 +69,10 @@ _HASH_PROBE = [hash((1,)), hash((1, 2, 3, 500, 70000))]
 """Keys are hashes of tuples of integers: the same in every process, not in every interpreter."""
 
 
+_Walk = tuple[list[int], list[int]]
+"""Tokens and their cells."""
+
+
 class CorpusIndex:
     """An entry is one integer: next token << 40 | how often it came << 20 | how often the context was seen.
 
@@ -95,7 +99,7 @@ class CorpusIndex:
         self._clock = clock
         self._started_at: int | None = None
         self._entries: dict[int, int] = {}
-        self._walks: dict[int, tuple[list[int], list[int]]] = {}
+        self._walks: dict[int, _Walk] = {}
         self._num_learnt = self._num_learnt_at_clearing = 0
         self._chances = acceptance.chances
         priors = [count * share for _ in ORDERS for count in _COUNT_PRIORS for share in _SHARE_PRIORS]
@@ -194,12 +198,7 @@ class CorpusIndex:
         if draft.token_ids:
             survival = draft.survival
             context = (context + draft.token_ids)[-MAX_ORDER:]
-        key = hash(tuple(context))
-        walk = self._walks.get(key)
-        if walk is None:
-            walk = self._walks[key] = self._walk(context)
-            if len(self._walks) > MAX_WALKS:
-                self._walks.clear()
+        walk = self._known_walk(context)
         table = self._chances
         chances = []
         for cell in walk[1][:num_wanted]:
@@ -212,18 +211,34 @@ class CorpusIndex:
         draft.cells += walk[1][: len(chances)]
         draft.chances += chances
 
-    def _walk(self, context: SequenceOf[int]) -> tuple[list[int], list[int]]:
-        """The tokens which are most likely after a context, and their cells."""
+    def _known_walk(self, context: list[int]) -> _Walk:
+        """The walk from a context, remembered by as many of its last tokens as it depends on."""
+        get = self._walks.get
+        for order in ORDERS:
+            walk = get(hash(tuple(context[-order:])))
+            if walk is not None:
+                return walk
+        walk, reach = self._walk(context)
+        if len(self._walks) >= MAX_WALKS:
+            self._walks.clear()
+        order = next(order for order in ORDERS if order >= reach)
+        self._walks[hash(tuple(context[-order:]))] = walk
+        return walk
+
+    def _walk(self, context: SequenceOf[int]) -> tuple[_Walk, int]:
+        """The tokens which are most likely after a context, with their cells; and how many of the context's tokens
+        were looked at."""
         get, chances = self._entries.get, self._chances
         known = list(context)
         tokens: list[int] = []
         cells: list[int] = []
-        survival = 1.0
+        reach = 0
         while len(tokens) < MAX_WALK_TOKENS:
             best, best_cell, best_chance = 0, -1, 0.0
             for row, order in enumerate(ORDERS):
                 if order > len(known):
                     break
+                reach = max(reach, order - len(tokens))
                 entry = get(hash(tuple(known[-order:])))
                 if entry is None:
                     break
@@ -232,14 +247,13 @@ class CorpusIndex:
                     best, best_cell, best_chance = entry >> 2 * _BITS, cell, chances[cell]
                 if _is_sure(entry):
                     break
-            survival *= best_chance
-            # Chances change while the walk is remembered, so it goes on a little further than now makes sense.
-            if survival < MIN_SURVIVAL / 4:
+            # A guess may start a walk, not go on with it: from there others may know better.
+            if best_chance < (WEAK_CHANCE if tokens else MIN_SURVIVAL):
                 break
             tokens.append(best)
             cells.append(best_cell)
             known.append(best)
-        return tokens, cells
+        return (tokens, cells), reach
 
     def _cell(self, row: int, entry: int) -> int:
         same, seen = entry >> _BITS & _MASK, entry & _MASK

@@ -15,7 +15,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from actors.acceptance import Acceptance
+from actors.acceptance import WEAK_CHANCE, Acceptance
 from actors.config import SpeculativeConfig
 from actors.corpus_index import CorpusIndex
 from actors.prompt_lookup import PromptLookup
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WEAK_CHANCE = 0.5
-"""A piece ends before a token with less chance, unless it starts with it; whoever knows more goes on from there."""
+SURE_CHANCE = 0.8
+"""A piece that starts with at least this chance is taken without asking the next drafter."""
+
+CHAIN_SURVIVAL = 0.15
+"""Drafts less likely than this to be accepted as a whole are not continued by another piece."""
 
 EXPENSIVE_TOKENS = 2
 """So many tokens an expensive drafter adds before the cheap ones may go on."""
@@ -49,14 +52,23 @@ class Draft:
     chances: list[float] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
 
-    def copy(self) -> Draft:
-        return Draft(self.token_ids[:], self.cells[:], self.chances[:], self.sources[:])
+    def split(self, start: int) -> Draft:
+        """Cut off and return what comes from token `start` on."""
+        tail = Draft(self.token_ids[start:], self.cells[start:], self.chances[start:], self.sources[start:])
+        del self.token_ids[start:], self.cells[start:], self.chances[start:], self.sources[start:]
+        return tail
 
-    @property
-    def num_expected(self) -> float:
-        """How many of the tokens will be accepted, on average."""
+    def join(self, tail: Draft) -> None:
+        """Append another draft."""
+        self.token_ids += tail.token_ids
+        self.cells += tail.cells
+        self.chances += tail.chances
+        self.sources += tail.sources
+
+    def gain(self, start: int = 0) -> float:
+        """How many of the tokens from `start` on will be accepted on average, given that those before are."""
         total, survival = 0.0, 1.0
-        for chance in self.chances:
+        for chance in self.chances[start:] if start else self.chances:
             survival *= chance
             total += survival
         return total
@@ -159,18 +171,46 @@ class Speculator:
     ) -> None:
         """Extend drafts in place, piece by piece, each by the drafter whose piece is expected to bring most."""
         growing = [i for i in indices if len(drafts[i].token_ids) < limits[i]]
+        starts = {i: len(drafts[i].token_ids) for i in growing}
         for _ in range(MAX_LINKS):
-            if not growing:
-                break
-            asked, their_limits = [sequences[i] for i in growing], [limits[i] for i in growing]
-            before = [drafts[i] for i in growing]
+            open_ = growing
             for drafter in drafters:
-                self._improve(drafts, growing, before, asked, their_limits, drafter)
-            growing = [
-                i
-                for i, old in zip(growing, before)
-                if drafts[i] is not old and len(_cut(drafts[i], len(old.token_ids)).token_ids) < limits[i]
-            ]
+                if not open_:
+                    break
+                self._extend(drafter, drafts, open_, starts, sequences, limits)
+                # Where a drafter is sure, nobody else is asked.
+                open_ = [i for i in open_ if not _is_sure(drafts[i], starts[i])]
+            growing = [i for i in growing if _end_piece(drafts[i], starts[i], limits[i])]
+            if not growing:
+                return
+            for i in growing:
+                starts[i] = len(drafts[i].token_ids)
+
+    def _extend(
+        self,
+        drafter: Drafter,
+        drafts: list[Draft],
+        indices: SequenceOf[int],
+        starts: dict[int, int],
+        sequences: SequenceOf[Sequence],
+        limits: SequenceOf[int],
+    ) -> None:
+        """Replace what drafts have after their starts by a drafter's guess, where that is expected to bring more."""
+        tried = [drafts[i] for i in indices]
+        others = [
+            draft.split(starts[i]) if len(draft.token_ids) > starts[i] else None for i, draft in zip(indices, tried)
+        ]
+        asked, their_limits = [sequences[i] for i in indices], [limits[i] for i in indices]
+        works = self._call(drafter, lambda drafter: drafter.propose(asked, tried, their_limits))
+        source = self.drafters.index(drafter)
+        for i, draft, other in zip(indices, tried, others):
+            start = starts[i]
+            if not works or (other and (len(draft.token_ids) == start or draft.gain(start) <= other.gain())):
+                draft.split(start)
+                if other:
+                    draft.join(other)
+            else:
+                draft.sources += [source] * (len(draft.token_ids) - start)
 
     def _ask_expensive(
         self,
@@ -188,37 +228,25 @@ class Speculator:
                 if len(sure.token_ids) < limits[i] and sure.survival > WEAK_CHANCE:
                     unsure.append(i)
                     before.append(sure)
-            asked = [sequences[i] for i in unsure]
-            their_limits = [
-                min(limits[i], len(sure.token_ids) + EXPENSIVE_TOKENS) if cheap else limits[i]
-                for i, sure in zip(unsure, before)
-            ]
+            if not unsure:
+                return
             old = [drafts[i] for i in unsure]
-            self._improve(drafts, unsure, before, asked, their_limits, drafter)
-            changed = [i for i, draft in zip(unsure, old) if drafts[i] is not draft]
+            for i, sure in zip(unsure, before):
+                drafts[i] = sure
+            starts = {i: len(drafts[i].token_ids) for i in unsure}
+            ends = [
+                min(limit, starts.get(i, 0) + EXPENSIVE_TOKENS) if cheap else limit for i, limit in enumerate(limits)
+            ]
+            self._extend(drafter, drafts, unsure, starts, sequences, ends)
+            changed = []
+            for i, draft in zip(unsure, old):
+                if drafts[i].gain() > draft.gain():
+                    changed.append(i)
+                else:
+                    drafts[i] = draft
             if not changed:
                 return
             self._chain(drafts, changed, sequences, limits, cheap)
-
-    def _improve(
-        self,
-        drafts: list[Draft],
-        indices: SequenceOf[int],
-        before: SequenceOf[Draft],
-        sequences: SequenceOf[Sequence],
-        limits: SequenceOf[int],
-        drafter: Drafter,
-    ) -> None:
-        """Let a drafter extend copies of `before`; drafts[indices[j]] becomes copy j where that is better."""
-        tried = [draft.copy() for draft in before]
-        if not self._call(drafter, lambda drafter: drafter.propose(sequences, tried, limits)):
-            return
-        source = self.drafters.index(drafter)
-        for i, draft, old in zip(indices, tried, before):
-            num_new = len(draft.token_ids) - len(draft.sources)
-            if num_new and (drafts[i] is old or draft.num_expected > drafts[i].num_expected):
-                draft.sources += [source] * num_new
-                drafts[i] = draft
 
     def _call(self, drafter: Drafter, action: Callable[[Drafter], None]) -> bool:
         """Run an action of a drafter; False, and it is off from now on, when that raises."""
@@ -249,13 +277,23 @@ def make_speculator(
     return Speculator(drafters, acceptance, expensive=("draft_model",))
 
 
-def _cut(draft: Draft, start: int) -> Draft:
-    """End a draft before its first weak token after position `start`: another drafter may know better from there."""
-    for i in range(start + 1, len(draft.chances)):
-        if draft.chances[i] < WEAK_CHANCE:
-            del draft.token_ids[i:], draft.cells[i:], draft.chances[i:], draft.sources[i:]
+def _is_sure(draft: Draft, start: int) -> bool:
+    """Whether the piece that starts there starts with a token that is hardly wrong."""
+    return len(draft.chances) > start and draft.chances[start] >= SURE_CHANCE
+
+
+def _end_piece(draft: Draft, start: int, limit: int) -> bool:
+    """End a piece before its first weak token after the start, from where another drafter may know better.
+
+    Returns whether the draft is worth continuing."""
+    chances = draft.chances
+    if len(chances) == start:
+        return False
+    for i in range(start + 1, len(chances)):
+        if chances[i] < WEAK_CHANCE:
+            draft.split(i)
             break
-    return draft
+    return len(chances) < limit and draft.survival >= CHAIN_SURVIVAL
 
 
 def _sure_part(draft: Draft) -> Draft:

@@ -12,11 +12,15 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
-from actors.acceptance import Acceptance
+from actors.acceptance import MIN_SURVIVAL, Acceptance
 from actors.sequence import Sequence
 
 if TYPE_CHECKING:
     from actors.drafting import Draft
+
+NUM_PLACES = 1021
+"""Places, told apart by the three tokens before them, whose first copied tokens have a record of their own: where the
+answer branches, a copy is wrong as a rule, however many tokens agree. Places with the same hash share one."""
 
 MAX_AGREED = 12
 """Matches are measured up to this length for their confidence."""
@@ -30,15 +34,20 @@ CODE_POINTS = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 
 
 class PromptLookup:
-    """Confidence is the number of tokens that agree before a copied one, the accepted part of the draft included."""
+    """Confidence is the number of tokens that agree before a copied one, the accepted part of the draft included; for
+    the first token of a copy also how copies went at this place before."""
 
     name = "ngram"
 
     def __init__(self, acceptance: Acceptance, shortest: int = 1, longest: int = 4) -> None:
         self._shortest, self._longest = shortest, longest
+        self._acceptance = acceptance
         self._chances = acceptance.chances
         # A single token that agrees says little, eight nearly all.
         self._cells = acceptance.add_cells([1.0 - 0.75 / (1 + n / 2) for n in range(MAX_AGREED + 1)])
+        self._places = acceptance.add_nested_cells(
+            [self._cells + agreed for agreed in range(MAX_AGREED + 1) for _ in range(NUM_PLACES)]
+        )
 
     def propose(self, sequences: SequenceOf[Sequence], drafts: SequenceOf[Draft], limits: SequenceOf[int]) -> None:
         """Extend each draft by what followed the latest match of the longest n-gram."""
@@ -73,11 +82,20 @@ class PromptLookup:
             while agreed < MAX_AGREED and start > 0 and text[start - 1] == text[end - agreed]:
                 start -= 1
                 agreed += 1
-        first = self._cells
-        cells = [first + min(agreed + i, MAX_AGREED) for i in range(len(copied))]
+        # Not the hash of a string, which differs between processes.
+        place = (ord(text[end]) * 33 + ord(text[end - 1])) * 33 + ord(text[end - 2]) if end > 1 else 0
+        place = self._places + agreed * NUM_PLACES + place % NUM_PLACES
+        chance = self._acceptance.nested_chance(place)
+        if chance * draft.survival < MIN_SURVIVAL:
+            return
+        rows = range(self._cells + agreed + 1, self._cells + agreed + len(copied))
+        last = self._cells + MAX_AGREED
+        cells = [row if row < last else last for row in rows]
         chances = self._chances
         draft.token_ids += map(ord, copied)
+        draft.cells.append(place)
         draft.cells += cells
+        draft.chances.append(chance)
         draft.chances += [chances[cell] for cell in cells]
 
     def _text(self, sequence: Sequence) -> str:
