@@ -34,15 +34,15 @@ class SliceDone:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
-    drafted_tokens: int
-    accepted_tokens: int
-    num_verify_steps: int
     device_seconds: float
     cost_usd: float
     overhead_s: float
     wall_s: float
     usd_per_device_hour: float
     num_engine_rebuilds: int
+    drafted_tokens: int = 0  # a slice from before there was speculation says nothing
+    accepted_tokens: int = 0
+    num_verify_steps: int = 0
     notes: list[str] = field(default_factory=list)
 
 

@@ -33,7 +33,7 @@ _COLUMNS_OF_LATER_VERSIONS: dict[str, Any] = {
     "saved_by_speculation_seconds": 0.0,
     "drafters": [],
 }
-"""What the metrics of version 0.1 lack; `shoal status` reads them all the same."""
+"""What metrics from before there was speculation lack; they are read all the same."""
 
 
 class LedgerError(AssertionError):

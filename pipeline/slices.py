@@ -215,9 +215,15 @@ def read_slices(
             raise ShardError(
                 f"the slice {path} cannot be read ({error}) and was removed; run the same command again to compute it"
             ) from error
-        own["drafts"] = DraftCounts.from_json(own["drafts"])
-        times.append(SliceTimes(**{f.name: own[f.name] for f in fields(SliceTimes)}))
+        times.append(_times_of(own))
     return pa.concat_tables(tables).combine_chunks(), times
+
+
+def _times_of(own: Mapping[str, Any]) -> SliceTimes:
+    known = {f.name: own[f.name] for f in fields(SliceTimes) if f.name in own}
+    if "drafts" in known:  # slices from before there was speculation have none
+        known["drafts"] = DraftCounts.from_json(known["drafts"])
+    return SliceTimes(**known)
 
 
 def _slice_schema(sampling: SamplingParams) -> pa.Schema:

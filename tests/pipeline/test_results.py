@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.requests import Completion, Output, RowError, TokenLogprob, Usage
+from pipeline.drafts import DraftCounts, DrafterCount
 from pipeline.job import Job, job_from_dict
 from pipeline.prefix_plan import PlannedRow, Slice
 from pipeline.pricing import Price
@@ -223,6 +225,37 @@ def test_a_damaged_slice_is_removed_and_the_message_says_to_run_again(tmp_path):
     with pytest.raises(ShardError, match="run the same command again"):
         merge_shard(job, shard, Storage(job.output.path), [path], PRINT)
     assert not file.exists()
+
+
+def test_a_shards_metrics_have_the_drafts_of_its_slices_per_drafter(tmp_path):
+    job = make_job(tmp_path)
+    shard = make_shard(job)
+    rows = [(planned(i), answer_of(i)) for i in range(6)]
+    for _, completion in rows:
+        completion.usage.drafted_tokens, completion.usage.accepted_tokens = 5, 2
+    drafts = DraftCounts(4, 1, 0.5, [DrafterCount("ngram", 9, 3), DrafterCount("corpus", 6, 3)])
+    metrics = merge(job, shard, [rows[:3], rows[3:]], drafts=drafts)
+    (row,) = read(job, "metrics").to_pylist()
+    assert row["drafters"] == [
+        {"drafter": "corpus", "drafted_tokens": 12, "accepted_tokens": 6},
+        {"drafter": "ngram", "drafted_tokens": 18, "accepted_tokens": 6},
+    ]
+    assert (row["drafted_tokens"], row["accepted_tokens"], row["acceptance_rate"]) == (30, 12, 0.4)
+    assert (row["num_verify_steps"], row["num_drafter_failures"], row["saved_by_speculation_seconds"]) == (8, 2, 1.0)
+    assert row["acceptance_length"] == metrics.acceptance_length == 1 + 12 / 8
+
+
+def test_slices_from_before_there_was_speculation_are_merged_with_those_after(tmp_path, monkeypatch):
+    job = make_job(tmp_path)
+    shard = make_shard(job)
+    rows = [(planned(i), answer_of(i)) for i in range(6)]
+
+    def without_drafts(times: SliceTimes) -> dict[str, Any]:
+        return {name: value for name, value in asdict(times).items() if name != "drafts"}
+
+    monkeypatch.setattr("pipeline.slices.asdict", without_drafts)
+    metrics = merge(job, shard, [rows])
+    assert (metrics.drafters, metrics.acceptance_length, metrics.num_slices) == ([], None, 1)
 
 
 def test_a_shard_counts_as_published_only_for_the_same_job_and_the_same_input(tmp_path):
