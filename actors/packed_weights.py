@@ -133,8 +133,9 @@ def _unpack_rows(words_RW: Tensor, bits: int) -> Tensor:
 
     Three bits may end within a word: values past the last whole one are dropped.
     """
-    bytes_RB = words_RW.contiguous().view(torch.uint8)
-    num_rows, num_bytes = bytes_RB.shape
+    num_rows, num_bytes = words_RW.shape[0], 4 * words_RW.shape[1]
+    # Flat, since a single column counts as contiguous with any stride.
+    bytes_RB = words_RW.contiguous().flatten().view(torch.uint8).view(num_rows, num_bytes)
     if bits == 8:
         return bytes_RB
     values = torch.empty(num_rows, num_bytes * 8 // bits, dtype=torch.uint8, device=words_RW.device)
