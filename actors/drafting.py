@@ -154,8 +154,7 @@ class Speculator:
     def finish(self, sequence: Sequence) -> None:
         """Let all drafters learn from a sequence that has ended, and forget it."""
         for drafter in self.drafters:
-            if drafter.name not in self.failed:
-                self._call(drafter, lambda drafter: drafter.finish(sequence))
+            self._call(drafter, lambda drafter: drafter.finish(sequence))
         sequence.drafting.clear()
 
     def _working(self) -> list[Drafter]:
@@ -249,7 +248,9 @@ class Speculator:
             self._chain(drafts, changed, sequences, limits, cheap)
 
     def _call(self, drafter: Drafter, action: Callable[[Drafter], None]) -> bool:
-        """Run an action of a drafter; False, and it is off from now on, when that raises."""
+        """Run an action of a drafter; False, and it is off from now on, when that raises. False also if it is off."""
+        if drafter.name in self.failed:
+            return False
         started = time.perf_counter_ns()
         try:
             action(drafter)
