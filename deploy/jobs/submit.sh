@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Submit tonight's job to the cluster that RAY_API_SERVER_ADDRESS names, wait for it, and fail unless it succeeded.
+# Called by cron, the Kubernetes CronJob and Airflow. Written against Ray 2.60.
+#
+#   NIGHT         the night's name, default today in UTC. Ray refuses an id that it has seen, so a night is submitted once;
+#                 to run one again, give another: NIGHT=2026-11-21-b
+#   WORKING_DIR   folder to upload as the job's code. Unset where the cluster's image has Shoal installed.
+#   RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH, where the cluster asks for a token
+set -euo pipefail
+
+job=${1:?usage: submit.sh JOB_FILE}
+id=nightly-${NIGHT:-$(date -u +%F)}
+here=$(dirname "$0")
+
+# Told to stop, stop the night too: it drains, and the next one continues.
+stop_night() {
+  trap '' TERM INT
+  ray job stop "$id"
+  exit 143
+}
+trap stop_night TERM INT
+
+# A job that has 3 s to stop is killed in the middle of its slices; Shoal drains within 25 s and then merges and leaves.
+ray job submit --submission-id "$id" ${WORKING_DIR:+--working-dir "$WORKING_DIR"} \
+  --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "90"}}' \
+  -- bash "$here/nightly.sh" "$job" &
+wait $!
+
+# `ray job submit` exits 0 for a job that somebody stopped.
+ray job status "$id" | grep -qi succeeded
