@@ -87,6 +87,52 @@ def demo_command(
     raise typer.Exit(demo(rows=rows, output=output))
 
 
+@app.command("quantize")
+def quantize_command(
+    model: Annotated[str, typer.Argument(help="A 16-bit model directory, local or any URI, or the word demo.")],
+    output: Annotated[str, typer.Argument(help="Folder to write the checkpoint to; must not exist.")],
+    method: Annotated[str, typer.Option(help="rtn, hqq, awq or gptq; the last two need --calibrate.")] = "gptq",
+    bits: Annotated[int, typer.Option(help="3, 4 or 8.")] = 4,
+    group_size: Annotated[str, typer.Option(help="Weights that share a scale: 32, 64, 128, or channel.")] = "128",
+    calibrate: Annotated[
+        str | None, typer.Option(help="Prompts to calibrate and measure on: Parquet, or a job file (.yaml).")
+    ] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of texts in the Parquet files.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Column of messages in the Parquet files.")] = None,
+    response_column: Annotated[str | None, typer.Option(help="Column of answers, read behind each prompt.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows of it; an eighth of them only measures.")] = 256,
+    row_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a row that are used.")] = 1024,
+    head: Annotated[str, typer.Option(help="The output head: int8, int4 or 16bit.")] = "16bit",
+    target_bits: Annotated[
+        float | None, typer.Option(help="Choose 3, 4, 8 or 16 bits per layer by sensitivity, so many on average.")
+    ] = None,
+    target_bytes: Annotated[int | None, typer.Option(help="The same, by the size of the whole checkpoint.")] = None,
+    asymmetric: Annotated[
+        bool, typer.Option(help="Zero points: less error; transformers reads them with dequantize=True only.")
+    ] = False,
+    act_order: Annotated[bool, typer.Option(help="gptq: columns by importance, scales found beforehand.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Make an int4 checkpoint (compressed-tensors) of a 16-bit one; run again to continue after a crash."""
+    from actors.quantizers.run import QuantizeSettings
+    from jobs.calibration import CalibrationColumns
+    from jobs.quantize import Target, run_quantize
+
+    settings = QuantizeSettings.model_validate(
+        {
+            "method": method,
+            "bits": bits,
+            "group_size": None if group_size == "channel" else group_size,
+            "symmetric": not asymmetric,
+            "head": head,
+            "act_order": act_order,
+        }
+    )
+    columns = CalibrationColumns(prompt_column, messages_column, response_column)
+    target = Target(target_bits, target_bytes)
+    raise typer.Exit(run_quantize(model, output, settings, calibrate, columns, rows, row_tokens, target, device))
+
+
 @app.command("bench")
 def bench_command(
     name: Annotated[str, typer.Argument(help="Which: engine or pipeline.")],

@@ -113,8 +113,16 @@ class CheckpointWriter:
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         whole = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_file(whole, self.partial / (name + ".new"), metadata={"format": "pt"})
+        path = self.partial / (name + ".new")
+        save_file(whole, path, metadata={"format": "pt"})
+        path.chmod(self._manifest_mode())  # safetensors makes files that only their owner can read
         (self.partial / (name + ".new")).replace(self.partial / name)
+
+    def _manifest_mode(self) -> int:
+        """The permissions that an ordinary new file gets here."""
+        if not self._manifest_path.exists():
+            self._write_json(self._manifest_path.name, self._manifest)
+        return self._manifest_path.stat().st_mode & 0o777
 
     def _write_json(self, name: str, value: Any) -> None:
         (self.partial / (name + ".new")).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

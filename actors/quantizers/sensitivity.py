@@ -33,7 +33,7 @@ from actors.quantizers.run import OnProgress, QuantizeSettings, fitting_grid, kl
 
 WIDTHS = (3, 4, 8)
 MAX_UNITS = 16384
-MAX_TOKENS = 4096
+MAX_TOKENS = 2048
 """Calibration tokens that sensitivity is measured on: each costs a copy of its hidden state per variant."""
 
 Part = tuple[int, str]
