@@ -38,9 +38,9 @@ METHODS_WITH_INDEX = ("auto", "corpus", "combined")
 class SavedIndex:
     """One worker's file, and what it reads of the others'. Blocks on storage and on the engine: for threads.
 
-    At most a quarter of `corpus_index_bytes` is read, from the newest files, and as much written. Files of other runs go once
-    this worker's own, which then holds what they held, is written; two runs at once over one output would take them
-    from each other.
+    At most FILE_SHARE of `corpus_index_bytes` is read, from the newest files, and as much written. Files of other runs
+    go once this worker's own, which then holds what they held, is written; two runs at once over one output would take
+    them from each other.
     """
 
     def __init__(
