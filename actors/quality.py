@@ -12,6 +12,7 @@ Shape letters: T tokens, V vocabulary, C candidates kept, N rows, X bootstrap sa
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from actors.config import EngineConfig, SpeculativeConfig
+from actors.engine import Engine
 from actors.requests import Completion, SamplingParams
 from actors.teacher_forcing import LoadedModel, common_prefix, expected_tokens
 
@@ -135,6 +138,27 @@ def compare_models(
     return compare(measure_reference(a, prompts, sampling), b)
 
 
+def compare_configs(
+    a: EngineConfig, b: EngineConfig, prompts: Sequence[Sequence[int]], sampling: SamplingParams | None = None
+) -> list[RowQuality]:
+    """Load the reference a, measure it, drop it, load b and compare it: never both in memory."""
+    engine = _load(a)
+    vocabulary = engine.tokenizer.get_vocab()
+    reference = measure_reference(engine, prompts, sampling)
+    del engine
+    _free_memory()
+    engine = _load(b)
+    if engine.tokenizer.get_vocab() != vocabulary:
+        raise QualityError(
+            f"{a.model} and {b.model} have different tokenizers, so that the same tokens are not the same text; "
+            "give two models with the same tokenizer"
+        )
+    rows = compare(reference, engine)
+    del engine
+    _free_memory()
+    return rows
+
+
 def measure_reference(
     model: AnsweringModel, prompts: Sequence[Sequence[int]], sampling: SamplingParams | None = None
 ) -> Reference:
@@ -225,6 +249,17 @@ def summarise(rows: Sequence[RowQuality], part: Part = "answer", seed: int = 0) 
         top1_agreement=_estimate(*mean([row.is_same_top_T for row in rows])),
         exact_match=_wilson(sum(row.is_same_answer for row in rows), len(rows)),
     )
+
+
+def _load(config: EngineConfig) -> Engine:
+    # Speculation changes no token, and measuring what it would gain takes time.
+    return Engine(config.model_copy(update={"speculative_config": SpeculativeConfig(method="none")}))
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _answer(

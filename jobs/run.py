@@ -45,6 +45,7 @@ from pipeline.ledger import (
 )
 from pipeline.progress import Progress, Tally, bill_table, new_console
 from pipeline.prompts import Renderer
+from pipeline.quality_gate import check_quality, keep_measured
 from pipeline.results import passthrough_columns, published_shards
 from pipeline.shards import Shard, ShardList, list_shards, open_shard
 from pipeline.slice_runner import RunSpec, max_actors
@@ -83,7 +84,11 @@ def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[Engine
     shards = list_shards(job)
     _check_columns(job, shards)
     output = Storage(job.output.path)
+    measured = check_quality(
+        job, shards.good, output, lambda text: console.print(text, highlight=False, soft_wrap=True)
+    )
     claim_output(output, job)
+    keep_measured(output, measured)
     fingerprint = job.fingerprint()
     done = published_shards(output, shards.good, fingerprint)
     todo = [shard for shard in shards.good if shard.name not in done]

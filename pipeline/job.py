@@ -200,6 +200,32 @@ class PlanSection(_Section):
     max_rows_per_slice: Annotated[int, Field(ge=1)] = 256
 
 
+class QualitySection(_Section):
+    """Compare the model with a reference on a sample of the job's own prompts, and refuse to run if it is too far off.
+    Figures are those of the answers' tokens. Not part of the fingerprint: a check changes no result."""
+
+    reference: Annotated[
+        str,
+        Field(min_length=1, description="Hugging Face directory of the model to be as good as, run as it is stored"),
+    ]
+    max_kl: Annotated[float | None, Field(gt=0, description="mean KL(reference || model), nats per token")] = None
+    min_top1: Annotated[
+        float | None, Field(ge=0, le=1, description="share of tokens where both find the same one likeliest")
+    ] = None
+    min_exact_match: Annotated[float | None, Field(ge=0, le=1, description="share of greedy answers alike")] = None
+    sample: Annotated[int, Field(ge=1, description="rows drawn from the corpus")] = 64
+    max_tokens: Annotated[int, Field(ge=1, description="at most so many of an answer, and of sampling.max_tokens")] = (
+        128
+    )
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_kl is None and self.min_top1 is None and self.min_exact_match is None:
+            raise ValueError("no limit is set; set at least one of max_kl (such as 0.05), min_top1, min_exact_match")
+        return self
+
+
 class Resolved(_Section):
     """What `resolve` found out about the model; travels with the output in run.json."""
 
@@ -223,6 +249,7 @@ class Job(_Section):
     limits: LimitsSection = LimitsSection()
     pricing: PricingSection = PricingSection()
     plan: PlanSection = PlanSection()
+    quality: QualitySection | None = None
     resolved: SkipJsonSchema[Resolved | None] = None
 
     @model_validator(mode="before")
@@ -301,6 +328,10 @@ class Job(_Section):
             drafts = {word: places[f"{word}/draft"] for word in NAMED_MODELS if f"{word}/draft" in places}
             draft = _locate_model("engine.speculative_config.model", speculative.model, drafts, here)
             speculative = speculative.model_copy(update={"model": draft})
+        quality = self.quality
+        if quality is not None:
+            reference = _locate_model("quality.reference", quality.reference, places, here)
+            quality = quality.model_copy(update={"reference": reference})
         config = _read_model_config(model)
         resolved = Resolved(
             model_identity=identify_model(model),
@@ -318,6 +349,7 @@ class Job(_Section):
                     update={"model": model, "tokenizer": tokenizer, "speculative_config": speculative}
                 ),
                 "output": OutputSection(path=absolute_uri(self.output.path, here)),
+                "quality": quality,
                 "resolved": resolved,
             }
         )
@@ -544,7 +576,8 @@ def _anchor_places(data: dict[str, Any], base: Path) -> dict[str, Any]:
     anchored = dict(data)
     if "model" in data:
         anchored["model"] = anchor(data["model"])
-    for section, keys in (("input", ("path",)), ("output", ("path",)), ("engine", ("model", "tokenizer"))):
+    places = {"input": ("path",), "output": ("path",), "engine": ("model", "tokenizer"), "quality": ("reference",)}
+    for section, keys in places.items():
         values = data.get(section)
         if isinstance(values, dict):
             anchored[section] = {key: anchor(v) if key in keys else v for key, v in values.items()}
