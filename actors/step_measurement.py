@@ -24,7 +24,6 @@ import torch
 
 from actors.architecture import Architecture
 from actors.config import EngineConfig
-from actors.cost_model import StepCosts
 from actors.decoder import Decoder
 from actors.requests import Request, SamplingParams
 from actors.runner import Runner
@@ -133,7 +132,7 @@ def _measure_on_runner(runner: Runner, decoder: Decoder, limits: Limits) -> Step
     pages = list(range(limits.num_pages))
     runner.clear_pages(pages)
     try:
-        return measure_step_times(RunnerTimer(runner, decoder, limits.page_size), limits)
+        return measure_step_times(RunnerTimer(runner, decoder, limits.page_size), limits, BUDGET_S)
     finally:
         runner.clear_pages(pages)
 
@@ -146,8 +145,7 @@ def cache_folder() -> Path:
 def measure_step_times(
     time_step: Callable[[StepShape], float],
     limits: Limits,
-    *,
-    budget_s: float = BUDGET_S,
+    budget_s: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> StepTimes:
     """Time steps of many shapes and fit. `time_step` runs one step and returns its seconds.
@@ -155,6 +153,7 @@ def measure_step_times(
     Every shape at its best: first all of them, each once more if it is quick since the first time may have compiled
     something, then all again in turns while there is time, so that whatever disturbs does not hit one shape only.
     """
+    budget_s = BUDGET_S if budget_s is None else budget_s
     started = clock()
     measured: dict[StepShape, float] = {}
     for deadline_s, shapes in zip((2 * budget_s, budget_s, budget_s), shapes_to_measure(limits)):
@@ -199,6 +198,8 @@ def shapes_to_measure(limits: Limits) -> list[list[StepShape]]:
         [
             *itertools.chain.from_iterable(_mixed(n, short, 7, limits) for n in between),
             *(StepShape(1, 1, short, n - 1) for n in (2, 4, 8)),
+            StepShape(2, 1, short, 3),
+            StepShape(3, 1, short),
             StepShape(64, 1, short, is_drawn=True),
             StepShape(64, 1, long),
             StepShape(16, 1, long, 3),
@@ -219,7 +220,7 @@ class RunnerTimer:
         # Any ids will do, as long as rows of the embedding do not all come from one line of the CPU's cache.
         self._token_ids = itertools.cycle([i * 7919 % decoder.vocab_size for i in range(4096)])
         # What sequences cost is of no interest here, but the runner always weighs them.
-        self._costs = StepCosts(1.0, 1.0)
+        self._costs = StepTimes((1,), (1.0,))
 
     def __call__(self, *shapes: StepShape) -> float:
         """Seconds of one step with the sequences of all shapes, from its plan to its tokens."""

@@ -22,6 +22,9 @@ Numbers = float | NDArray[Any]
 WORTHWHILE_GAIN = 0.03
 """A step is made no larger for a gain in tokens per second below this share."""
 
+FEW_REQUESTS = 4
+"""A CPU attends for up to so many sequences one by one, for more together."""
+
 PROMPT_TOKENS = 256
 """Tokens of one prompt in the prefill steps that are measured, and that the best number of tokens is chosen for."""
 
@@ -49,7 +52,7 @@ class StepTimes:
     curve_tokens: ascending; curve_s: never falling.
     per_request_s, per_chunk_s, per_row_s, per_drawn_s, per_read_s: for one more of what `seconds` names.
     per_pair_s: for one more pair of a query token and a token that it reads.
-    several_s: once, where a sequence has several query tokens: attention then takes a second way.
+    per_few_s: for one more of the first sequences, up to FEW_REQUESTS, which cost more than later ones.
     fit_error: the relative error of the median measured step.
     """
 
@@ -61,7 +64,7 @@ class StepTimes:
     per_drawn_s: float = 0.0
     per_read_s: float = 0.0
     per_pair_s: float = 0.0
-    several_s: float = 0.0
+    per_few_s: float = 0.0
     fit_error: float = 0.0
     _table: NDArray[np.float64] = field(init=False, repr=False, compare=False)
 
@@ -95,14 +98,15 @@ class StepTimes:
         # Query-key pairs, as if all sequences were alike; for decodes it is num_read.
         per_read_s = self.per_read_s + self.per_pair_s / num_requests * num_tokens
         seconds = curve + per_read_s * num_read
-        seconds = seconds + (self.per_row_s * num_logit_rows + self.per_request_s * num_requests)
+        few_s = self.per_few_s * np.minimum(num_requests, FEW_REQUESTS)
+        seconds = seconds + (self.per_row_s * num_logit_rows + self.per_request_s * num_requests + few_s)
         if self.per_drawn_s and not (isinstance(num_drawn, int) and num_drawn == 0):
             seconds = seconds + self.per_drawn_s * num_drawn
         if self.per_chunk_s:
             if num_chunks is None:
                 num_chunks = np.minimum(num_requests, num_tokens - num_requests)
             seconds = seconds + self.per_chunk_s * num_chunks
-        return seconds + self.several_s * (num_tokens > num_requests)
+        return seconds
 
     @property
     def linear_s_per_token(self) -> float:
@@ -237,7 +241,7 @@ def _columns(steps: Sequence[MeasuredStep], knots: NDArray[Any]) -> NDArray[np.f
             s.num_drawn,
             s.num_read,
             s.num_read * s.num_tokens / s.num_requests,
-            s.num_tokens > s.num_requests,
+            min(s.num_requests, FEW_REQUESTS),
         )
         for s in steps
     ]  # in the order of StepTimes' fields

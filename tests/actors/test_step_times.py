@@ -27,7 +27,7 @@ from actors.step_times import MeasuredStep, StepTimes, StepTimesTracker, fit_ste
 
 LIMITS = Limits(num_pages=8192, page_size=64, max_num_seqs=256, max_num_batched_tokens=4096, max_model_len=2048)
 FIGURES = ("num_tokens", "num_requests", "num_logit_rows", "num_read", "num_drawn", "num_chunks")
-TIMES = StepTimes((1, 4, 5, 64), (0.002, 0.003, 0.006, 0.01), 1e-5, 3e-5, 2e-5, 4e-5, 1e-7, 1e-8, 5e-4, 0.03)
+TIMES = StepTimes((1, 4, 5, 64), (0.002, 0.003, 0.006, 0.01), 1e-5, 3e-5, 2e-5, 4e-5, 1e-7, 1e-8, 5e-5, 0.03)
 
 
 class Machine:
@@ -45,7 +45,9 @@ class Machine:
         dense = 0.002 if step.num_tokens <= 4 else 0.0032
         linear = dense + 2e-5 * max(0, step.num_tokens - 64) + 4e-6 * step.num_tokens
         rows = 3e-5 * step.num_logit_rows + 6e-5 * step.num_drawn
-        attention = 2e-7 * step.num_read + 1e-5 * step.num_requests + 4e-5 * step.num_chunks
+        attention = (
+            2e-7 * step.num_read + 1e-5 * step.num_requests + 5e-5 * min(step.num_requests, 4) + 4e-5 * step.num_chunks
+        )
         return self.scale * (linear + rows + attention)
 
     def __call__(self, shape):
@@ -54,8 +56,8 @@ class Machine:
         self.now += seconds
         return seconds
 
-    def measure(self, limits=LIMITS, **settings):
-        return measure_step_times(self, limits, clock=lambda: self.now, **settings)
+    def measure(self, limits=LIMITS, budget_s=3.0):
+        return measure_step_times(self, limits, budget_s, clock=lambda: self.now)
 
 
 def predict(times, shape):
@@ -71,12 +73,12 @@ def shapes_off_the_grid(count):
         yield StepShape(rng.randint(1, 5), rng.randint(20, 300))
 
 
-@pytest.mark.parametrize("held_up", [0.0, 0.2])
-def test_the_fit_recovers_what_a_machine_takes(held_up):
+@pytest.mark.parametrize(("held_up", "error"), [(0.0, 0.02), (0.2, 0.15)])
+def test_the_fit_recovers_what_a_machine_takes_though_some_steps_are_held_up(held_up, error):
     machine = Machine(held_up=held_up)
     times = machine.measure()
     for shape in shapes_off_the_grid(100):
-        assert predict(times, shape) == pytest.approx(machine.seconds(shape), rel=0.05), shape
+        assert predict(times, shape) == pytest.approx(machine.seconds(shape), rel=error), shape
     assert times.per_drawn_s == pytest.approx(6e-5, rel=0.1)
     assert times.per_chunk_s == pytest.approx(4e-5, rel=0.1)
 
@@ -122,10 +124,13 @@ def test_arrays_give_what_numbers_give():
 
 def test_each_term_is_counted_once():
     base = TIMES.seconds(4, 4, 4, 400)
-    assert base == pytest.approx(0.003 + 4 * 1e-5 + 4 * 2e-5 + 400 * (1e-7 + 1e-8))
+    assert base == pytest.approx(0.003 + 4 * 1e-5 + 4 * 2e-5 + 400 * (1e-7 + 1e-8) + 4 * 5e-5)
+    assert TIMES.seconds(5, 5, 5, 400) - TIMES.seconds(5, 4, 5, 400, num_chunks=0) == pytest.approx(
+        1e-5 - 400 * 1e-8 / 4
+    )
     assert TIMES.seconds(4, 4, 4, 400, num_drawn=2) - base == pytest.approx(2 * 4e-5)
     verify = TIMES.seconds(4, 2, 4, 400, num_chunks=1)
-    assert verify == pytest.approx(0.003 + 5e-4 + 2e-5 + 8e-5 + 400 * 1e-7 + 800 * 1e-8 + 3e-5)
+    assert verify == pytest.approx(0.003 + 2 * 5e-5 + 2e-5 + 8e-5 + 400 * 1e-7 + 800 * 1e-8 + 3e-5)
     # Beyond the last measured number of tokens it goes on as steeply as from a quarter of it.
     assert TIMES.seconds(112, 112, 0, 0) - TIMES.seconds(64, 112, 0, 0, num_chunks=0) == pytest.approx(
         0.01 - (0.006 + 0.004 * 11 / 59), rel=1e-6
@@ -237,7 +242,7 @@ def test_the_tracker_follows_a_machine_that_becomes_busy():
 
 def test_the_description_names_the_figures_in_units_for_people():
     text = TIMES.describe()
-    assert text.startswith("a step takes 2.03 ms for 1 token, 7.28 ms for 16, 10.5 ms for 64; and 10 us per request, ")
+    assert text.startswith("a step takes 2.08 ms for 1 token, 6.83 ms for 16, 10.1 ms for 64; and 10 us per request, ")
     assert "40 us per row drawn, 110 us per 1,000 tokens read" in text and "\n" not in text
 
 
@@ -255,16 +260,18 @@ def make_engine(tiny_llama):
 @pytest.fixture
 def load(tmp_path, monkeypatch, make_engine):
     """Load step times of a tiny engine, from a cache of this test alone; and how often they were measured."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    engine = make_engine()
-    architecture = open_checkpoint(engine.config.model).architecture
     measured = []
 
-    def measure(timer, limits):
+    def measure(timer, limits, budget_s):
         measured.append(limits)
         return replace(TIMES, fit_error=len(measured) / 100)
 
     monkeypatch.setattr(step_measurement, "measure_step_times", measure)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "engine"))
+    engine = make_engine()
+    architecture = open_checkpoint(engine.config.model).architecture
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "test"))
+    measured.clear()
 
     def load(**settings):
         force = settings.pop("force", False)
@@ -307,7 +314,7 @@ def test_a_broken_cache_file_is_measured_anew_with_a_warning(content, load, capl
 
 
 def test_without_a_cache_folder_it_measures_every_time_and_says_so(load, caplog, tmp_path):
-    (tmp_path / "shoal").write_text("a file where the folder should be")
+    (tmp_path / "test").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING):
         assert load()[1] == 1
         assert load()[1] == 2
@@ -316,6 +323,7 @@ def test_without_a_cache_folder_it_measures_every_time_and_says_so(load, caplog,
 
 def test_a_real_engine_is_measured_and_answers_as_before(make_engine, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(step_measurement, "BUDGET_S", 0.3)
     rng = random.Random(4)
     prompts = [[rng.randrange(2, 97) for _ in range(rng.randint(1, 40))] for _ in range(12)]
     sampling = SamplingParams(max_tokens=20, temperature=0.8, ignore_eos=True)
@@ -324,7 +332,7 @@ def test_a_real_engine_is_measured_and_answers_as_before(make_engine, tmp_path, 
 
     limits = Limits(256, 8, 256, 64, engine.max_model_len)
     architecture = open_checkpoint(engine.config.model).architecture
-    times = load_or_measure_step_times(engine._runner, engine.decoder, architecture, engine.config, limits)
+    times = load_or_measure_step_times(engine._runner, engine.decoder, architecture, engine.config, limits, force=True)
 
     assert times.curve_tokens[0] == 1 and times.curve_tokens[-1] == 64
     seconds = times.seconds(np.arange(1, 65), 1, 1, 10)
