@@ -3,7 +3,8 @@
 Rows of one corpus are asked the same thing, so their answers repeat each other's format and phrases. The index knows,
 for contexts of one to eight tokens, the most frequent next token; a draft walks it token by token. Contexts reach back
 into the prompt's tail (the end of a chat template), so the start of an answer is drafted too. A longer context is
-learnt only where a shorter one has been seen to be ambiguous, which keeps the index small and quick to build.
+learnt only where a shorter one has been seen to be ambiguous, which keeps the index small and quick to build. Where
+nothing is sure, `actors.learned_copies` may know what part of the prompt comes next.
 
 Related: REST (arXiv 2311.08252) and SuffixDecoding (arXiv 2411.04975) keep whole answers. Knows no files: `to_bytes`
 and `merge_bytes` are for whoever saves it.
@@ -22,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.acceptance import MIN_SURVIVAL, WEAK_CHANCE, Acceptance
+from actors.learned_copies import LearnedCopies
+from actors.prompt_lookup import to_code_points
 from actors.sequence import Sequence
 
 if TYPE_CHECKING:
@@ -44,8 +47,14 @@ MAX_LEARNING_SHARE = 0.015
 NUM_FREE_ANSWERS = 64
 """The first answers are learnt whatever it takes."""
 
-MAX_WALKS = 4096
-"""Remembered walks; all are forgotten when the answers learnt have grown by a sixteenth."""
+PLACE_ORDER = 4
+"""Contexts of this length which branch are the places where answers may copy from the prompt."""
+
+MIN_BRANCH_SEEN = 6
+
+MAX_WALKS = 1024
+"""Remembered walks; all are forgotten when the answers learnt have grown by a sixteenth. With
+what `learned_copies` knows they take at most 2 MB beside the entries."""
 
 MAX_WALK_TOKENS = 64
 """As many draft tokens as the configuration allows."""
@@ -104,6 +113,7 @@ class CorpusIndex:
         self._chances = acceptance.chances
         priors = [count * share for _ in ORDERS for count in _COUNT_PRIORS for share in _SHARE_PRIORS]
         self._cells = acceptance.add_cells(priors)
+        self._copies = LearnedCopies(acceptance)
 
     @property
     def num_entries(self) -> int:
@@ -131,12 +141,14 @@ class CorpusIndex:
             self.num_skipped += 1
             return
         self.learn(sequence.token_ids, sequence.num_prompt)
+        sequence.drafting.pop(self.name, None)
         self.learning_ns += self._clock() - started
 
     def learn(self, token_ids: SequenceOf[int], start: int) -> None:
         """Count what came after the contexts of all tokens from `start` on."""
         entries = self._entries
         get = entries.get
+        prompt = ""
         for i in range(start, len(token_ids)):
             token = token_ids[i]
             for order in ORDERS:
@@ -147,6 +159,9 @@ class CorpusIndex:
                 if entry is None:
                     entries[key] = token << 2 * _BITS | _SAME
                     break
+                if order == PLACE_ORDER and _is_branch(entry):
+                    prompt = prompt or to_code_points(token_ids[:start])
+                    self._copies.learn(token_ids[i - order : i], token_ids[i:], prompt)
                 if entry >> 2 * _BITS == token:
                     entries[key] = _SAME + (entry if entry & _MASK < _MASK else _halve(entry))
                     if _is_sure(entry):
@@ -161,23 +176,24 @@ class CorpusIndex:
             self._clear_walks()
 
     def to_bytes(self) -> bytes:
-        """The index as bytes for `merge_bytes`, 16 for each entry."""
+        """The index as bytes for `merge_bytes`, 16 for each entry and what copies take."""
         keys = np.fromiter(self._entries.keys(), "<i8", len(self._entries)).tobytes()
         values = np.fromiter(self._entries.values(), "<i8", len(self._entries)).tobytes()
+        copies = json.dumps(self._copies.to_list()).encode()
         header = {
             "version": _VERSION,
             "hash_probe": _HASH_PROBE,
             "identity": self._identity,
             "num_entries": len(self._entries),
             "num_answers": self.num_answers,
-            "digest": hashlib.blake2b(keys + values, digest_size=16).hexdigest(),
+            "digest": hashlib.blake2b(keys + values + copies, digest_size=16).hexdigest(),
         }
-        return _MAGIC + json.dumps(header).encode() + b"\n" + keys + values
+        return _MAGIC + json.dumps(header).encode() + b"\n" + keys + values + copies
 
     def merge_bytes(self, data: bytes) -> bool:
         """Add a saved index to this one; False, with a warning that says why, when it cannot be used."""
         try:
-            header, keys, values = _parse(data, self._identity)
+            header, keys, values, copies = _parse(data, self._identity)
         except ValueError as error:
             logger.warning("a saved index of answers is not used: %s", error)
             return False
@@ -188,6 +204,7 @@ class CorpusIndex:
             if len(entries) > self.max_entries:
                 self._forget_rare()
                 entries = self._entries
+        self._copies.merge_list(copies)
         self.num_answers += header["num_answers"]
         self._clear_walks()
         return True
@@ -207,9 +224,23 @@ class CorpusIndex:
             if survival < MIN_SURVIVAL:
                 break
             chances.append(chance)
+        if not chances or chances[0] < WEAK_CHANCE:
+            copy = self._copies.propose(context, self._prompt(sequence), num_wanted)
+            if copy is not None and copy[2][0] > (chances[0] if chances else 0.0):
+                draft.token_ids += copy[0]
+                draft.cells += copy[1]
+                draft.chances += copy[2]
+                return
         draft.token_ids += walk[0][: len(chances)]
         draft.cells += walk[1][: len(chances)]
         draft.chances += chances
+
+    def _prompt(self, sequence: Sequence) -> str:
+        """The prompt's tokens as one string, made when first needed."""
+        prompt: str | None = sequence.drafting.get(self.name)
+        if prompt is None:
+            prompt = sequence.drafting[self.name] = to_code_points(sequence.token_ids[: sequence.num_prompt])
+        return prompt
 
     def _known_walk(self, context: list[int]) -> _Walk:
         """The walk from a context, remembered by as many of its last tokens as it depends on."""
@@ -278,6 +309,11 @@ def _is_sure(entry: int) -> bool:
     return not (entry >> _BITS ^ entry) & _MASK
 
 
+def _is_branch(entry: int) -> bool:
+    """Whether a context was seen often and the token that comes next is anybody's guess."""
+    return entry & _MASK >= MIN_BRANCH_SEEN and 2 * (entry >> _BITS & _MASK) < (entry & _MASK)
+
+
 def _contradict(entry: int, token: int) -> int:
     """Another token came than the one that was expected."""
     if entry & _MASK == _MASK:
@@ -302,11 +338,11 @@ def _join(a: int, b: int) -> int:
     return joined | (same << _BITS | seen if seen <= _MASK else same >> 1 << _BITS | seen >> 1)
 
 
-def _parse(data: bytes, identity: str) -> tuple[dict[str, Any], list[int], list[int]]:
-    """Header, keys and entries of a saved index; ValueError with the reason when it is not to be used."""
+def _parse(data: bytes, identity: str) -> tuple[dict[str, Any], list[int], list[int], list[Any]]:
+    """Header, keys, entries and copies of a saved index; ValueError with the reason when it is not to be used."""
     if not data.startswith(_MAGIC):
         raise ValueError("it does not start like one")
-    line, _, arrays = data[len(_MAGIC) :].partition(b"\n")
+    line, _, body = data[len(_MAGIC) :].partition(b"\n")
     try:
         header = json.loads(line)
         num_entries, digest = int(header["num_entries"]), header["digest"]
@@ -318,7 +354,7 @@ def _parse(data: bytes, identity: str) -> tuple[dict[str, Any], list[int], list[
     for key, value in expected.items():
         if found[key] != value:
             raise ValueError(f"its {key} is {found[key]!r}, here it is {value!r}")
-    if len(arrays) != 16 * num_entries or hashlib.blake2b(arrays, digest_size=16).hexdigest() != digest:
-        raise ValueError(f"it is truncated or changed: {len(arrays)} bytes for {num_entries} entries")
-    keys, entries = np.frombuffer(arrays, "<i8").reshape(2, num_entries)
-    return header, keys.tolist(), entries.tolist()
+    if len(body) < 16 * num_entries or hashlib.blake2b(body, digest_size=16).hexdigest() != digest:
+        raise ValueError(f"it is truncated or changed: {len(body)} bytes for {num_entries} entries")
+    keys, entries = np.frombuffer(body[: 16 * num_entries], "<i8").reshape(2, num_entries)
+    return header, keys.tolist(), entries.tolist(), json.loads(body[16 * num_entries :])

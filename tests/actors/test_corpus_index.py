@@ -135,6 +135,30 @@ def test_a_merge_adds_the_counts_of_both_and_keeps_the_bound() -> None:
     assert small.num_bytes <= 1 << 16
 
 
+def copying_row(rng: random.Random) -> tuple[list[int], list[int]]:
+    number = [rng.randrange(1000, 1100) for _ in range(5)]
+    filler = [rng.randrange(200, 400) for _ in range(20)]
+    return [*filler[:9], 50, 51, *number, *filler[9:], *TEMPLATE_END], [20, 21, 22, 23, *number, 24, 25, 1]
+
+
+def test_a_number_of_the_row_is_copied_from_behind_its_cue_also_after_saving_and_loading() -> None:
+    rng = random.Random(8)
+    index = CorpusIndex(Acceptance())
+    for _ in range(100):
+        prompt, answer = copying_row(rng)
+        index.finish(finished(prompt, answer))
+    loaded = CorpusIndex(Acceptance())
+    assert loaded.merge_bytes(index.to_bytes())
+    for _ in range(20):
+        prompt, answer = copying_row(rng)
+        sequence = finished(prompt, answer[:4])
+        for tested in (index, loaded):
+            draft = Draft()
+            tested.propose([sequence], [draft], [16])
+            assert draft.token_ids[:5] == answer[4:9]
+            assert draft.chances[0] > 0.2
+
+
 def test_an_empty_index_is_saved_and_loaded() -> None:
     assert CorpusIndex(Acceptance()).merge_bytes(CorpusIndex(Acceptance()).to_bytes())
 
