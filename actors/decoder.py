@@ -25,7 +25,17 @@ from actors.config import EngineConfig
 from actors.quantization import concatenate, fitting_group_size, quantize_to_nearest
 from actors.rotary import resolve_max_model_len, rope_tables
 from kernels.attention_batch import AttentionBatch, new_kv_pages
-from kernels.backend import Linear, add_rms_norm, paged_attention, prepare_linear, rms_norm, rope, silu_mul, write_kv
+from kernels.backend import (
+    Linear,
+    add_rms_norm,
+    check_fixed_order_attention,
+    paged_attention,
+    prepare_linear,
+    rms_norm,
+    rope,
+    silu_mul,
+    write_kv,
+)
 from kernels.cpu_linear import dtype_name
 from kernels.int4_linear import QuantizedWeight, dequantize
 from kernels.quantized_kv import SCALE_BYTES, Pages, new_quantized_pages
@@ -66,6 +76,7 @@ class Decoder:
         head: Linear,
         max_model_len: int,
         kv_cache_dtype: str,
+        deterministic: bool,
         notes: list[str],
     ) -> None:
         architecture = checkpoint.architecture
@@ -84,6 +95,7 @@ class Decoder:
         self.max_model_len = max_model_len
         self.eos_token_ids = checkpoint.eos_token_ids
         self.notes = notes
+        self._deterministic = deterministic
         self._embedding_VH = embedding_VH
         self._layers = layers
         # The norm that follows each layer: the next layer's first, at the end the final one.
@@ -94,7 +106,9 @@ class Decoder:
         self._cos_LR, self._sin_LR = rope_tables(checkpoint.config, max_model_len, self.dtype, self.device)
 
     def new_kv(self, num_pages: int, page_size: int) -> KVPages:
-        """Allocate zeroed pages for all layers."""
+        """Allocate zeroed pages for all layers. ValueError if they cannot be attended to deterministically and must."""
+        if self._deterministic:
+            check_fixed_order_attention(self.head_dim, page_size, self.dtype, self.device)
         shape = num_pages, self.num_kv_heads, page_size, self.head_dim
         if self.kv_dtype == torch.int8:
             return [new_quantized_pages(*shape, self.device) for _ in self._layers]
@@ -139,7 +153,7 @@ class Decoder:
                     return torch.empty(0, self.vocab_size, device=self.device)
                 attended_TF, residual_TH = attended_TF[last_rows], residual_TH[last_rows]
             x_TH = add_rms_norm(layer.output(attended_TF), residual_TH, layer.post_attention_norm_H, self._eps)
-            x_TH = layer.down(silu_mul(layer.gate_up(x_TH)))
+            x_TH = layer.down(silu_mul(layer.gate_up(x_TH), self._deterministic))
             x_TH = add_rms_norm(x_TH, residual_TH, self._next_norms[i], self._eps)
         return self._head(x_TH).float()
 
@@ -164,7 +178,7 @@ class Decoder:
         rope(q_TND, k_TKD, positions_T, self._cos_LR, self._sin_LR)
         k_pages, v_pages = pages
         write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
-        attended_TND = paged_attention(q_TND, k_pages, v_pages, batch, self._scale, layer.window)
+        attended_TND = paged_attention(q_TND, k_pages, v_pages, batch, self._scale, layer.window, self._deterministic)
         return attended_TND.reshape(num_tokens, num_heads * self.head_dim)
 
 
@@ -200,6 +214,7 @@ class _Loader:
             head=self._prepare(embedding_VH, None) if head is None else self._linear([head], round_to_int4=False),
             max_model_len=max_model_len,
             kv_cache_dtype=self.config.kv_cache_dtype,
+            deterministic=self.config.deterministic,
             notes=self._notes(),
         )
 
@@ -248,7 +263,14 @@ class _Loader:
             self.decoded[f"{weight.bits}-bit weights are multiplied as a copy in {dtype}: no product takes them"] += 1
             if self.device.type == "cuda":
                 weight = dequantize(weight, self.dtype)
-        linear = prepare_linear(weight, bias, dtype=self.dtype, device=self.device, compute=compute)
+        linear = prepare_linear(
+            weight,
+            bias,
+            dtype=self.dtype,
+            device=self.device,
+            compute=compute,
+            deterministic=self.config.deterministic,
+        )
         return linear if order_K is None else Reordered(linear, order_K)
 
     def _weight(self, linear: LinearSpec, round_to_int4: bool) -> tuple[Tensor | QuantizedWeight, Tensor | None]:

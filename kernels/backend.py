@@ -65,10 +65,12 @@ def rope(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_
     rotate(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
 
 
-def silu_mul(gate_up_TF: Tensor) -> Tensor:
-    """silu(first half) * second half, [T, F / 2]."""
+def silu_mul(gate_up_TF: Tensor, deterministic: bool = False) -> Tensor:
+    """silu(first half) * second half, [T, F / 2]. deterministic: a row's bits do not depend on the others."""
     version = kernels.silu_mul
-    return (version.silu_mul_triton if is_cuda("silu_mul", gate_up_TF) else version.silu_mul_cpu)(gate_up_TF)
+    if is_cuda("silu_mul", gate_up_TF):
+        return version.silu_mul_triton(gate_up_TF)
+    return (version.silu_mul_fixed_order_cpu if deterministic else version.silu_mul_cpu)(gate_up_TF)
 
 
 def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Pages, v_pages_PKSD: Pages, slots_T: Tensor) -> None:
@@ -91,6 +93,14 @@ def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Pages, v_pages_PKSD: Pa
     write(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
 
 
+def check_fixed_order_attention(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    """ValueError where this device cannot give `paged_attention(..., deterministic=True)`."""
+    if not is_cuda("check_fixed_order_attention", device):
+        from kernels.fixed_order_attention import agreeing_row_tiles
+
+        agreeing_row_tiles(head_dim, page_size, dtype, torch.get_num_threads())
+
+
 def paged_attention(
     q_TND: Tensor,
     k_pages_PKSD: Pages,
@@ -98,22 +108,27 @@ def paged_attention(
     batch: AttentionBatch,
     scale: float,
     window: int | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Causal attention of each request's query tokens over its pages, [T, N, D].
 
-    window: how many of the most recent tokens a query sees, itself included; None is all.
+    window: how many of the most recent tokens a query sees, itself included; None is all. deterministic: a token's
+    bits depend on the token and its context alone, and on the page size; prefix groups are ignored.
     """
     if is_cuda("paged_attention", q_TND):
         from kernels.paged_attention import paged_attention_triton
 
-        return paged_attention_triton(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
-    from kernels.cpu_attention import paged_attention_cpu
+        return paged_attention_triton(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window, deterministic)
+    if deterministic:
+        from kernels.fixed_order_attention import fixed_order_attention_cpu as attend
+    else:
+        from kernels.cpu_attention import paged_attention_cpu as attend
 
     if k_pages_PKSD.dtype != q_TND.dtype and k_pages_PKSD.dtype in (torch.int8, torch.bfloat16):
         convert = kernels.quantized_kv.attend_converted
-        return convert(paged_attention_cpu, q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+        return convert(attend, q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
     assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)
-    return paged_attention_cpu(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+    return attend(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
 
 
 def prepare_linear(
@@ -123,21 +138,29 @@ def prepare_linear(
     dtype: torch.dtype,
     device: torch.device,
     compute: str = "auto",
+    deterministic: bool = False,
 ) -> Linear:
     """Bring a weight [N, K] and bias [N] into the form in which this device multiplies fastest.
 
-    dtype is that of the activations. compute names one of the CPU's ways; on CUDA it must be "auto".
+    dtype is that of the activations. compute names one of the CPU's ways; on CUDA it must be "auto". deterministic: a
+    row's bits depend on the row and the weight alone; ValueError where this device cannot.
     """
-    if not is_cuda("prepare_linear", device):
+    is_on_cuda = is_cuda("prepare_linear", device)
+    if is_on_cuda and compute != "auto":
+        raise ValueError(f"prepare_linear: compute={compute!r} is for a CPU; on {device} it must be 'auto'")
+    if is_on_cuda and isinstance(weight, QuantizedWeight):
+        from kernels.int4_linear import Int4Linear
+
+        return Int4Linear(weight, bias, dtype=dtype, device=device, deterministic=deterministic)
+    if deterministic:
+        from kernels.fixed_order_linear import prepare_fixed_order_linear
+
+        return prepare_fixed_order_linear(weight, bias, dtype=dtype, device=device, compute=compute)
+    if not is_on_cuda:
         from kernels.cpu_linear import prepare_cpu_linear
 
         return prepare_cpu_linear(weight, bias, dtype=dtype, compute=compute)
-    if compute != "auto":
-        raise ValueError(f"prepare_linear: compute={compute!r} is for a CPU; on {device} it must be 'auto'")
-    if isinstance(weight, QuantizedWeight):
-        from kernels.int4_linear import Int4Linear
-
-        return Int4Linear(weight, bias, dtype=dtype, device=device)
+    assert isinstance(weight, Tensor)
     return DenseLinear(weight, bias, dtype, device)
 
 

@@ -87,7 +87,7 @@ def prepare_cpu_linear(
         # The other forms are copies, beside a weight which may live on as the embedding.
         fewest_bytes = compute == "int4"
         form = "plain" if fewest_bytes else _choose_form(*weight.shape, dtype, torch.get_num_threads())
-        return CpuLinear(bias, _dense_product(weight.to(dtype), form), None, 0, f"{form} {dtype_name(dtype)}")
+        return CpuLinear(bias, dense_product(weight.to(dtype), form), None, 0, f"{form} {dtype_name(dtype)}")
 
     from kernels.int4_linear import dequantize
 
@@ -96,28 +96,22 @@ def prepare_cpu_linear(
     if weight.bits != 4:
         # torch has no product for 3 bits, and for 8 bits none with scales per group.
         form = _choose_form(num_out, num_in, dtype, torch.get_num_threads())
-        dense = _dense_product(dequantize(weight, dtype), form)
+        dense = dense_product(dequantize(weight, dtype), form)
         return CpuLinear(bias, dense, None, 0, f"{form} {dtype_name(dtype)} copy of int{weight.bits}")
-    if compute == "int4" and not _int4_is_possible(num_out, num_in, group):
-        raise ValueError(
-            f"a weight [{num_out}, {num_in}] in groups of {group} does not fit torch's int4 product, taking outputs "
-            "in multiples of 16 and groups of 32, 64, 128 or 256; set engine.linear_compute to dense or auto"
-        )
     if compute == "int4":
-        return CpuLinear(bias, None, _int4_product(weight), 0, f"int4 g{group}")
+        check_int4_fits(num_out, num_in, group)
+        return CpuLinear(bias, None, int4_product(weight), 0, f"int4 g{group}")
     if compute == "dense" or not _int4_is_possible(num_out, num_in, group):
         choice = CpuLinearChoice(_choose_form(num_out, num_in, dtype, torch.get_num_threads()), 0)
     else:
         choice = _choose(num_out, num_in, group, dtype, torch.get_num_threads())
         if num_out * num_in * dtype.itemsize > available_memory_bytes() // 4:
-            return CpuLinear(
-                bias, None, _int4_product(weight), 0, f"int4 g{group} (too little memory for a dense copy)"
-            )
-    dense = _dense_product(dequantize(weight, dtype), choice.form)
+            return CpuLinear(bias, None, int4_product(weight), 0, f"int4 g{group} (too little memory for a dense copy)")
+    dense = dense_product(dequantize(weight, dtype), choice.form)
     if choice.int4_max_tokens == 0:
         return CpuLinear(bias, dense, None, 0, f"{choice.form} {dtype_name(dtype)} copy of int4")
     text = f"int4 g{group} up to {choice.int4_max_tokens} tokens, {choice.form} {dtype_name(dtype)} copy above"
-    return CpuLinear(bias, dense, _int4_product(weight), choice.int4_max_tokens, text)
+    return CpuLinear(bias, dense, int4_product(weight), choice.int4_max_tokens, text)
 
 
 def fastest_cpu_dtype() -> torch.dtype:
@@ -147,11 +141,21 @@ def available_memory_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def check_int4_fits(num_out: int, num_in: int, group: int) -> None:
+    """ValueError for a weight that torch's int4 product does not take."""
+    if not _int4_is_possible(num_out, num_in, group):
+        raise ValueError(
+            f"a weight [{num_out}, {num_in}] in groups of {group} does not fit torch's int4 product, taking outputs "
+            "in multiples of 16 and groups of 32, 64, 128 or 256; set engine.linear_compute to dense or auto"
+        )
+
+
 def _int4_is_possible(num_out: int, num_in: int, group: int) -> bool:
     return num_out % 16 == 0 and group in (32, 64, 128, 256) and num_in % group == 0
 
 
-def _int4_product(weight: QuantizedWeight) -> Product:
+def int4_product(weight: QuantizedWeight) -> Product:
+    """torch's product with packed int4."""
     packed = torch.empty(weight.q_NK.shape[0], weight.q_NK.shape[1] // 2, dtype=torch.uint8)
     for start in range(0, len(packed), PACKED_ROWS):
         rows = slice(start, start + PACKED_ROWS)
@@ -169,7 +173,8 @@ def _int4_product(weight: QuantizedWeight) -> Product:
     return product
 
 
-def _dense_product(weight_NK: Tensor, form: str) -> Product:
+def dense_product(weight_NK: Tensor, form: str) -> Product:
+    """A product with a weight in the form "plain", "packed" or "upcast"."""
     if form == "plain":
         return lambda x, bias: F.linear(x, weight_NK, bias)
     if form == "upcast":
@@ -190,7 +195,7 @@ def _choose_form(num_out: int, num_in: int, dtype: torch.dtype, num_threads: int
         forms.append("packed")
     if dtype != torch.float32:
         forms.append("upcast")
-    seconds = {form: _seconds_per_call(_dense_product(weight_NK, form), x_TK) for form in forms}
+    seconds = {form: _seconds_per_call(dense_product(weight_NK, form), x_TK) for form in forms}
     best = min(forms, key=lambda form: seconds[form])
     # A float32 copy doubles the memory, so it has to win clearly.
     if best == "upcast" and seconds["upcast"] * 1.5 > min(seconds[f] for f in forms if f != "upcast"):
@@ -209,7 +214,7 @@ def _choose(num_out: int, num_in: int, group: int, dtype: torch.dtype, num_threa
         scale_NG=torch.full((rows, columns // group), 0.01),
         group_size=group,
     )
-    dense, int4 = _dense_product(dequantize(weight, dtype), form), _int4_product(weight)
+    dense, int4 = dense_product(dequantize(weight, dtype), form), int4_product(weight)
     int4_max_tokens = 0
     for num_tokens in MEASURED_TOKENS:
         x_TK = torch.randn(num_tokens, columns).to(dtype)

@@ -307,11 +307,18 @@ class Int4Linear:
     """A linear layer whose int4 weight lies on a GPU in four planes.
 
     float16 and bfloat16; any M and N, K a multiple of the group size; compute capability 8.0 and up. Up to 16 rows, a
-    row's result is the same bits whatever rows are beside it. Calls must be on one stream: they share a counter.
+    row's result is the same bits whatever rows are beside it; with `deterministic` for any number of rows, as all go
+    through tiles of 64 and the weight is never expanded. Calls must be on one stream: they share a counter.
     """
 
     def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None, *, dtype: torch.dtype, device: torch.device
+        self,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        deterministic: bool = False,
     ) -> None:
         if weight.bits != 4:
             raise ValueError(f"int4_linear: the weight has {weight.bits} bits; it must have 4, or be dequantised first")
@@ -321,6 +328,7 @@ class Int4Linear:
             raise ValueError(f"int4_linear: bias is {tuple(bias.shape)}; it must be [{weight.shape[0]}]")
         self.num_columns, self.depth = weight.shape
         self.group_size, self.dtype = weight.group_size, dtype
+        self.row_tiles = ROW_TILES[-1:] if deterministic else ROW_TILES
         self.words = pack_four_planes(weight.q_NK.to(device))
         scale_NG = weight.scale_NG.to(device)
         self.scale_GN = self._pad_groups(scale_NG)
@@ -340,9 +348,11 @@ class Int4Linear:
 
     def __call__(self, x_MK: Tensor) -> Tensor:
         self._check(x_MK)
-        if len(x_MK) > DENSE_ROWS:
-            return F.linear(x_MK, self.expand(), self.bias_N)
-        return self._multiply(x_MK)
+        if len(x_MK) <= DENSE_ROWS:
+            return self._multiply(x_MK)
+        if len(self.row_tiles) == 1:
+            return torch.cat([self._multiply(rows_MK) for rows_MK in x_MK.split(DENSE_ROWS)])
+        return F.linear(x_MK, self.expand(), self.bias_N)
 
     def _check(self, x_MK: Tensor) -> None:
         if x_MK.ndim != 2 or x_MK.shape[1] != self.depth:
@@ -365,7 +375,7 @@ class Int4Linear:
         if self.num_splits > 1:
             shape = (self.num_splits, num_rows, padded_columns)
             partial = torch.empty(shape, dtype=torch.float32, device=x_MK.device)
-        rows = next((tile for tile in ROW_TILES if num_rows <= tile), ROW_TILES[-1])
+        rows = next((tile for tile in self.row_tiles if num_rows <= tile), ROW_TILES[-1])
         grid = (padded_columns // BLOCK_N, self.num_splits, -(-num_rows // rows))
         _int4_linear_kernel[grid](
             x_MK,
@@ -422,10 +432,10 @@ class Int4Linear:
 
     def describe(self) -> str:
         zeros = "symmetric" if self.zero_scale_GN is None else "with zero points"
-        return (
-            f"int4 g{self.group_size} {zeros}, Triton in four planes, K in {self.num_splits} splits; "
-            f"expanded to {str(self.dtype).removeprefix('torch.')} above {DENSE_ROWS} rows"
-        )
+        above = f"expanded to {str(self.dtype).removeprefix('torch.')} above {DENSE_ROWS} rows"
+        if len(self.row_tiles) == 1:
+            above = f"in fixed tiles of {self.row_tiles[0]} rows"
+        return f"int4 g{self.group_size} {zeros}, Triton in four planes, K in {self.num_splits} splits; {above}"
 
 
 def int4_linear_reference(x_MK: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

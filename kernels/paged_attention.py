@@ -218,8 +218,10 @@ class AttentionPlan:
     merged_slots: Tensor
 
 
-def plan_attention(batch: AttentionBatch, heads_per_kv: int, window: int | None, device: torch.device) -> AttentionPlan:
-    """Cut a step into parts."""
+def plan_attention(
+    batch: AttentionBatch, heads_per_kv: int, window: int | None, device: torch.device, deterministic: bool = False
+) -> AttentionPlan:
+    """Cut a step into parts; deterministic: each query token as if it were decoded, outside of any group."""
     tables, table_starts = _lay_out_tables(batch)
     first_tokens = [0]
     positions: list[int] = []
@@ -229,7 +231,7 @@ def plan_attention(batch: AttentionBatch, heads_per_kv: int, window: int | None,
 
     small, large = [], []
     num_shared = [0] * len(batch.query_lens)
-    for i, group in enumerate(batch.groups):
+    for i, group in enumerate([] if deterministic else batch.groups):
         end = group.first_request + group.num_requests
         shared_tokens = len(group.page_ids) * batch.page_size
         num_shared[group.first_request : end] = [shared_tokens] * group.num_requests
@@ -239,6 +241,10 @@ def plan_attention(batch: AttentionBatch, heads_per_kv: int, window: int | None,
     for request, num_queries in enumerate(batch.query_lens):
         first, table, start = first_tokens[request], table_starts[request], num_shared[request]
         num_context = batch.context_lens[request]
+        if deterministic:
+            for token in range(first, first + num_queries):
+                small.extend(_splits(_Part(token, 1, table, 0, positions[token] + 1), SMALL_SPLIT))
+            continue
         if num_queries * heads_per_kv <= SMALL_ROWS:
             small.extend(_splits(_Part(first, num_queries, table, start, num_context), SMALL_SPLIT))
             continue
@@ -327,8 +333,12 @@ def paged_attention_triton(
     batch: AttentionBatch,
     scale: float,
     window: int | None = None,
+    deterministic: bool = False,
 ) -> Tensor:
     """Attend every query token of a step, [T, N, D]; causal per request.
+
+    deterministic: a token's bits depend on the token and its context alone; a prompt's keys are then read once for each
+    of its tokens.
 
     Head dimensions 8 to 256, also ones that are no power of two; 1 to 16 query heads per key/value head; any page
     size, and any strides of pages, page heads, tokens and query heads. Partial results take float32 [T', N, D], where
@@ -340,10 +350,10 @@ def paged_attention_triton(
     out_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
     if not num_tokens:
         return out_TND
-    key = ("triton_attention", num_heads // num_kv_heads, window)
+    key = ("triton_attention", num_heads // num_kv_heads, window, deterministic)
     plan = batch.cache.get(key)
     if plan is None:
-        plan = plan_attention(batch, num_heads // num_kv_heads, window, q_TND.device)
+        plan = plan_attention(batch, num_heads // num_kv_heads, window, q_TND.device, deterministic)
         batch.cache[key] = plan
     partial = torch.empty((plan.num_slots, num_heads, head_dim), dtype=torch.float32, device=q_TND.device)
     partial_lse = torch.empty((plan.num_slots, num_heads), dtype=torch.float32, device=q_TND.device)

@@ -303,7 +303,7 @@ def sample_triton(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
         )
     if not batch.num_top_logprobs:
         return SampleResult(token_ids, logprobs)
-    top_BL, top_ids_BL = logits_BV.topk(batch.num_top_logprobs, dim=1)
+    top_BL, top_ids_BL = likeliest(logits_BV, batch.num_top_logprobs)
     return SampleResult(token_ids, logprobs, top_ids_BL, top_BL - log_sums.unsqueeze(1))
 
 
@@ -357,8 +357,24 @@ def sample_cpu(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
     logprobs_B = logits_BV.gather(1, tokens_B.unsqueeze(1)).squeeze(1) - log_sums_B
     if not batch.num_top_logprobs:
         return SampleResult(tokens_B, logprobs_B)
-    top_BL, top_ids_BL = logits_BV.topk(batch.num_top_logprobs, dim=1)
+    top_BL, top_ids_BL = likeliest(logits_BV, batch.num_top_logprobs)
     return SampleResult(tokens_B, logprobs_B, top_ids_BL, top_BL - log_sums_B.unsqueeze(1))
+
+
+def likeliest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest logits of each row, descending, and their ids; of equal ones the smaller id comes first.
+
+    torch.topk orders equal ones by `count`, which is the largest that any row of the batch asks for.
+    """
+    smallest_B1 = logits_BV.topk(count, dim=1).values[:, -1:]
+    # Those not below the last one, by row and then by id; all of a row with NaN.
+    rows, ids = (~(logits_BV < smallest_B1)).nonzero(as_tuple=True)
+    order = logits_BV[rows, ids].argsort(descending=True, stable=True)
+    order = order[rows[order].argsort(stable=True)]
+    num_kept_B = torch.bincount(rows, minlength=len(logits_BV))
+    starts_B1 = (num_kept_B.cumsum(0) - num_kept_B).unsqueeze(1)
+    ids_BL = ids[order[starts_B1 + torch.arange(count, device=ids.device)]]
+    return logits_BV.gather(1, ids_BL), ids_BL
 
 
 def penalise_rows(raw_BV: FloatArray, batch: SamplingBatch) -> dict[int, FloatArray]:

@@ -28,7 +28,7 @@ def test_every_dense_form_gives_the_product(form, dtype, num_tokens):
     weight, x = torch.randn(33, 70).to(dtype), torch.randn(num_tokens, 70).to(dtype)
     bias = torch.randn(33).to(dtype)
     expected = x.double() @ weight.double().T + bias.double()
-    actual = cpu_linear._dense_product(weight, form)(x, bias)
+    actual = cpu_linear.dense_product(weight, form)(x, bias)
     assert actual.dtype == dtype
     # Twice the rounding of the result, scaled by the worst column.
     tolerance = 2 * torch.finfo(dtype).eps * expected.abs().amax() + (1e-5 if dtype == torch.float32 else 0)
