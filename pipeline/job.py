@@ -370,6 +370,8 @@ class Job(_Section):
         fields["model"] = self.resolved.model_identity
         fields["tokenizer"] = self.resolved.tokenizer_identity
         fields["engine.max_model_len"] = self.resolved.max_model_len
+        if self.engine.deterministic:  # sums over a context are cut at pages
+            fields["engine.page_size"] = self.engine.page_size
         fields["shoal.fingerprint_version"] = FINGERPRINT_VERSION
         return dict(sorted(fields.items()))
 

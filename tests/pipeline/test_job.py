@@ -303,7 +303,6 @@ def test_the_fingerprint_is_the_same_in_another_place_with_other_limits_and_anot
         ({"sampling": {"temperature": 0.5}}, "sampling.temperature"),
         ({"engine": {"quantization": "int4"}}, "engine.quantization"),
         ({"engine": {"max_model_len": 100}}, "engine.max_model_len"),
-        ({"engine": {"deterministic": True}}, "engine.deterministic"),
         ({"input": {"prompt_column": "other"}}, "input.prompt_column"),
         ({"input": {"passthrough": "none"}}, "input.passthrough"),
         ({"prompt": {"chat_template": True}}, "prompt.chat_template"),
@@ -314,6 +313,16 @@ def test_whatever_changes_results_changes_the_fingerprint_and_is_named(model, ch
     assert one.fingerprint() != other.fingerprint()
     (line,) = diff_fingerprints(one.fingerprint_fields(), other.fingerprint_fields())
     assert line.startswith(f"{field}: ") and " -> " in line
+
+
+def test_a_deterministic_run_has_its_page_size_in_the_fingerprint(model):
+    plain, one, other = (
+        make_job(model=str(model), engine=engine).resolve().fingerprint_fields()
+        for engine in ({"page_size": 16}, {"page_size": 16, "deterministic": True}, {"deterministic": True})
+    )
+    lines = diff_fingerprints(plain, one)
+    assert [line.split(":")[0] for line in lines] == ["engine.deterministic", "engine.page_size"]
+    assert diff_fingerprints(one, other) == ["engine.page_size: 16 -> 64"]
 
 
 def test_saying_a_default_does_not_change_the_fingerprint(model):
