@@ -1,7 +1,8 @@
 """What speculation did, counted: draft tokens per drafter, the steps that verified them, and what that saved.
 
 Knows no files and no Ray. A worker's counts only grow; each slice takes what has come since the slice before, so slices
-sum to shards, and shards to the run, with the drafts of answers that were thrown away.
+sum to shards, and shards to the run, with the drafts of answers that were thrown away. Only what a killed worker
+drafted since its last slice is on no count.
 """
 
 from __future__ import annotations
