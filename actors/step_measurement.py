@@ -150,8 +150,8 @@ def measure_step_times(
 ) -> StepTimes:
     """Time steps of many shapes and fit. `time_step` runs one step and returns its seconds.
 
-    Every shape at its best: first all of them, each once more if it is quick since the first time may have compiled
-    something, then all again in turns while there is time, so that whatever disturbs does not hit one shape only.
+    Every shape at its best: first all of them, quick ones three times since the first may have compiled something, then
+    all again in turns while there is time, so that whatever disturbs does not hit one shape only.
     """
     budget_s = BUDGET_S if budget_s is None else budget_s
     started = clock()
@@ -164,7 +164,8 @@ def measure_step_times(
             if clock() - started > deadline_s and not is_needed:
                 break
             seconds = time_step(shape)
-            measured[shape] = min(seconds, time_step(shape)) if seconds < SLOW_STEP_S / 2 else seconds
+            num_more = min(2, int(SLOW_STEP_S / 2 / seconds))
+            measured[shape] = min([seconds, *(time_step(shape) for _ in range(num_more))])
     for shape in list(measured) * NUM_MORE_ROUNDS:
         if clock() - started + measured[shape] < budget_s:
             measured[shape] = min(measured[shape], time_step(shape))
