@@ -6,6 +6,8 @@ holds it calls it from one thread (`actors.worker` does). Knows no Ray, no files
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import time
@@ -16,8 +18,10 @@ import torch
 
 from actors.checkpoint import load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
-from actors.cost_model import measure_step_costs, split_exactly
+from actors.cost_model import split_exactly
 from actors.decoder import Decoder, load_decoder
+from actors.draft_model import DraftModel, check_draft_model
+from actors.drafting import make_speculator
 from actors.requests import (
     Completion,
     DrafterStats,
@@ -33,6 +37,7 @@ from actors.runner import Runner, SampledToken
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
 from actors.speculation import Speculation
+from actors.step_measurement import Limits, load_or_measure_step_times
 from actors.stopping import finish_reason_of, text_of
 from kernels.cpu_linear import available_memory_bytes, dtype_name, fastest_cpu_dtype
 
@@ -84,6 +89,7 @@ class Engine:
         self.decoder: Decoder = load_decoder(checkpoint, config, self.device, self.dtype)
         self.eos_token_ids = self.decoder.eos_token_ids
         self.notes = list(self.decoder.notes)
+        self._draft_model = self._load_draft_model()
         num_pages = self._num_pages()
         self.max_model_len = min(self.decoder.max_model_len, num_pages * config.page_size)
         if self.max_model_len < self.decoder.max_model_len:
@@ -100,11 +106,15 @@ class Engine:
             config.enable_prefix_caching,
         )
         self._runner = Runner(self.decoder, num_pages, config.page_size, config.enable_prefix_groups)
-        self._costs = measure_step_costs(
-            self.decoder.num_linear_weights, self.decoder.kv_bytes_per_token, self.device, self.dtype
+        self._times = load_or_measure_step_times(
+            self._runner,
+            self.decoder,
+            checkpoint.architecture,
+            config,
+            Limits(num_pages, config.page_size, config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len),
         )
+        self._speculation = self._new_speculation(num_pages)
         self.stats = EngineStats()
-        self._speculation: Speculation | None = None
         self._rows: dict[str, _Row] = {}
         self._refused: list[Completion] = []
         self.load_s = time.perf_counter() - started
@@ -146,18 +156,25 @@ class Engine:
         plan = self.scheduler.plan_step()
         if self._speculation is not None:
             self._speculation.draft(plan, self.scheduler, self._runner)
-        tokens, weights = self._runner.run(plan, self._costs)
+        tokens, weights = self._runner.run(plan, self._times)
         self.scheduler.commit(plan)
+        if self._draft_model is not None:
+            for copy in plan.copies:
+                self._draft_model.copy_slots(copy.source, copy.target, copy.num_tokens)
         for sequence, sampled in tokens.items():
             self._take(sequence, plan.drafts.get(sequence, []), sampled)
         if self._speculation is not None:
-            self._speculation.learn(plan)
+            self._speculation.learn(plan, (time.perf_counter_ns() - started) / 1e9)
+            self.stats.num_verify_steps = self._speculation.num_verify_steps
+            self.stats.saved_by_speculation_s = self._speculation.saved_s
         finished = [sequence for sequence in tokens if sequence.finish_reason is not None]
         for sequence in finished:
             if sequence.finish_reason == "error":
-                self._runner.clear_pages(self.scheduler.discard(sequence))
-            else:
-                self.scheduler.finish(sequence)
+                self._clear(self.scheduler.discard(sequence))
+                continue
+            self.scheduler.finish(sequence)
+            if self._speculation is not None:
+                self._speculation.finish(sequence)
         # Text before the clock is read: decoding it is part of what the step cost.
         done = [row for sequence in finished if (row := self._close(sequence)) is not None]
         self._charge(plan, weights, time.perf_counter_ns() - started)
@@ -165,15 +182,17 @@ class Engine:
 
     def drafter_stats(self) -> tuple[DrafterStats, ...]:
         """What each drafter has done since the engine was made."""
-        return ()
+        return () if self._speculation is None else self._speculation.drafter_stats()
 
     def corpus_index(self) -> bytes | None:
         """The index over what was answered, for `load_corpus_index` of another engine; None without one."""
-        return None
+        index = None if self._speculation is None else self._speculation.corpus_index
+        return None if index is None else index.to_bytes()
 
     def load_corpus_index(self, data: bytes) -> bool:
         """Add what another engine's index holds to this one's; False if there is none here, or `data` is no index."""
-        return False
+        index = None if self._speculation is None else self._speculation.corpus_index
+        return index is not None and index.merge_bytes(data)
 
     def generate(
         self, prompts: SequenceOf[str | SequenceOf[int]], sampling: SamplingParams | None = None
@@ -285,12 +304,38 @@ class Engine:
             else:
                 stats.num_decode_tokens += 1
 
+    def _load_draft_model(self) -> DraftModel | None:
+        if self.config.speculative_config.model is None:
+            return None
+        check_draft_model(self.config.model, self.config.speculative_config.model, self.config.tokenizer)
+        draft_model = DraftModel(self.config, self.device, self.dtype)
+        self.notes += draft_model.notes
+        return draft_model
+
+    def _new_speculation(self, num_pages: int) -> Speculation | None:
+        config = self.config.speculative_config
+        if config.method == "none":
+            return None
+        if self._draft_model is not None:
+            self._draft_model.allocate(num_pages)
+        vocabulary = json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()
+        identity = hashlib.blake2b(vocabulary, digest_size=16).hexdigest()
+        speculator = make_speculator(config, identity=identity, draft_model=self._draft_model)
+        return Speculation(config, speculator, self._times, self.decoder.vocab_size, self._note)
+
+    def _clear(self, pages: list[int]) -> None:
+        self._runner.clear_pages(pages)
+        if self._draft_model is not None:
+            self._draft_model.clear(pages)
+
     def _num_pages(self) -> int:
         """How many pages the KV memory has: as told, else as many as could be used and fit."""
         config = self.config
         if config.num_pages is not None:
             return config.num_pages
         page_bytes = self.decoder.kv_bytes_per_token * config.page_size
+        if self._draft_model is not None:
+            page_bytes += self._draft_model.kv_bytes_per_token * config.page_size
         pages_per_row = -(-self.decoder.max_model_len // config.page_size)
         if config.kv_cache_bytes is not None:
             room = config.kv_cache_bytes

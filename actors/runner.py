@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from actors.cost_model import StepCosts
 from actors.decoder import Decoder
 from actors.prefix_groups import group_by_prefix
 from actors.scheduler import StepPlan
 from actors.sequence import Sequence
+from actors.step_times import StepTimes
 from actors.stopping import banned_tokens
 from kernels.attention_batch import AttentionBatch, PrefixGroup
 from kernels.backend import sample
@@ -54,7 +54,7 @@ class Runner:
         self._order: list[int] = []
         self._groups: list[PrefixGroup] = []
 
-    def run(self, plan: StepPlan, costs: StepCosts) -> tuple[dict[Sequence, list[SampledToken]], list[float]]:
+    def run(self, plan: StepPlan, times: StepTimes) -> tuple[dict[Sequence, list[SampledToken]], list[float]]:
         """Compute a plan, drafts included.
 
         Returns for each sequence that is now complete the token after its last one, then the token after each of its
@@ -76,7 +76,7 @@ class Runner:
         )
         logits, positions = self._forward(sequences, drafts, batch)
         weights = [0.0] * len(order)
-        for i, weight in zip(order, _weigh(batch, costs)):
+        for i, weight in zip(order, _weigh(batch, times)):
             weights[i] = weight
         return self._sample(logits, positions), weights
 
@@ -204,11 +204,11 @@ def _build_penalties(positions: list[_Position], device: torch.device) -> Penalt
     )
 
 
-def _weigh(batch: AttentionBatch, costs: StepCosts) -> list[float]:
+def _weigh(batch: AttentionBatch, times: StepTimes) -> list[float]:
     """What each request of a batch costs: its tokens, its own context, and its part of the shared one."""
     num_read = [float(count) for count in batch.context_lens]
     for group in batch.groups:
         shared = len(group.page_ids) * batch.page_size
         for request in range(group.first_request, group.first_request + group.num_requests):
             num_read[request] -= shared - shared / group.num_requests
-    return [costs.weigh(count, read) for count, read in zip(batch.query_lens, num_read)]
+    return [times.weigh(count, read) for count, read in zip(batch.query_lens, num_read)]

@@ -8,18 +8,19 @@ guessing them takes, they are asked for ever more rarely. Called by the engine, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from actors.config import SpeculativeConfig
+from actors.corpus_index import CorpusIndex
 from actors.drafting import Draft, Speculator
+from actors.requests import DrafterStats
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
-
-if TYPE_CHECKING:
-    from actors.step_times import StepTimes
+from actors.step_times import StepTimes, StepTimesTracker
 
 MAX_LOGIT_BYTES = 256 << 20
 """Logits of one step at most: draft tokens are admitted below it."""
@@ -65,6 +66,7 @@ class _Step:
 
     drafts: dict[Sequence, Draft] = field(default_factory=dict)
     num_known: dict[Sequence, int] = field(default_factory=dict)
+    seconds: float = 0.0
     seconds_per_token: float = 0.0
     extra_s: float = 0.0
     proposing_s: float = 0.0
@@ -84,14 +86,23 @@ class _Tally:
 class Speculation:
     """Drafting for one engine. With method "auto" drafts have to pay, else they are taken as they come."""
 
-    def __init__(self, config: SpeculativeConfig, speculator: Speculator, times: StepTimes, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: SpeculativeConfig,
+        speculator: Speculator,
+        times: StepTimes,
+        vocab_size: int,
+        note: Callable[[str], None],
+    ) -> None:
+        """note: takes what a user should know."""
         self.speculator = speculator
         self.num_verify_steps = 0
         self.saved_s = 0.0
-        self.notes: list[str] = []
+        self._note = note
         self._must_pay = config.method == "auto"
         self._num_speculative_tokens = config.num_speculative_tokens
         self._times = times
+        self._tracker = StepTimesTracker()
         self._max_logit_rows = max(1, MAX_LOGIT_BYTES // (4 * vocab_size))
         self._model = next((i for i, drafter in enumerate(speculator.drafters) if drafter.name == "draft_model"), None)
         self._asks_model = self._model is not None
@@ -109,24 +120,26 @@ class Speculation:
             self._pause_left -= 1
             self._is_probing = self._pause_left == 0
             return
-        wanting = plan.wanting[:NUM_PROBED] if self._is_probing else plan.wanting
+        wanting = plan.wanting
+        asked = wanting[:NUM_PROBED] if self._is_probing else wanting
         room = min(scheduler.num_draftable(plan), self._max_logit_rows - len(wanting))
-        if not wanting or room <= 0:
+        if not asked or room <= 0:
             return
         longest = min(self._num_speculative_tokens, room)
-        limits = [scheduler.room_for_draft(sequence, longest) for sequence in wanting]
+        limits = [scheduler.room_for_draft(sequence, longest) for sequence in asked]
         all_ns, model_ns = self._drafting_ns()
-        drafts = self.speculator.propose(wanting, limits, self._asks_model)
+        drafts = self.speculator.propose(asked, limits, self._asks_model)
         all_now_ns, model_now_ns = self._drafting_ns()
         step.proposing_s, step.model_s = (all_now_ns - all_ns) / 1e9, (model_now_ns - model_ns) / 1e9
-        step.drafts = dict(zip(wanting, drafts))
-        step.num_known = {sequence: len(sequence.token_ids) for sequence in wanting}
-        for sequence, draft, count in zip(wanting, drafts, self._admit(plan, drafts, room, reads)):
+        step.drafts = dict(zip(asked, drafts))
+        step.num_known = {sequence: len(sequence.token_ids) for sequence in asked}
+        for sequence, draft, count in zip(asked, drafts, self._admit(plan, wanting, drafts, room, reads)):
             if count:
                 plan.drafts[sequence] = draft.token_ids[:count]
 
-    def learn(self, plan: StepPlan) -> None:
-        """Compare the step's drafts with the tokens that their sequences have got since."""
+    def learn(self, plan: StepPlan, actual_s: float) -> None:
+        """Compare the step's drafts with the tokens that their sequences have got since; the step took `actual_s`, and
+        that much more or less than expected all else will have taken too."""
         step = self._step
         if not step.drafts:
             return
@@ -140,11 +153,13 @@ class Speculation:
                 sequence.num_drafted += num_admitted
                 sequence.num_accepted += num_accepted
                 self._count(draft, num_admitted, num_accepted, tally)
-        saved_s = tally.num_accepted * step.seconds_per_token - step.extra_s
+        self._tracker.observe(step.seconds, max(actual_s - step.proposing_s, 1e-9))
+        token_s, extra_s = step.seconds_per_token * self._tracker.ratio, step.extra_s * self._tracker.ratio
+        saved_s = tally.num_accepted * token_s - extra_s
         self.saved_s += saved_s - step.proposing_s
-        model_gain_s = tally.num_accepted_of_model * step.seconds_per_token - step.model_s
+        model_gain_s = tally.num_accepted_of_model * token_s - step.model_s
         if tally.num_admitted:
-            model_gain_s -= step.extra_s * tally.num_admitted_of_model / tally.num_admitted
+            model_gain_s -= extra_s * tally.num_admitted_of_model / tally.num_admitted
         if self._must_pay:
             self._judge(saved_s - step.proposing_s - model_gain_s)
             self._judge_model(model_gain_s)
@@ -153,21 +168,43 @@ class Speculation:
         """Let the drafters learn from an answer."""
         self.speculator.finish(sequence)
 
-    def _admit(self, plan: StepPlan, drafts: list[Draft], room: int, reads: Reads) -> list[int]:
+    def drafter_stats(self) -> tuple[DrafterStats, ...]:
+        """What each drafter has done so far."""
+        return tuple(
+            DrafterStats(
+                name, count.num_drafted, count.num_accepted, count.num_ns / 1e9, self.speculator.failed.get(name, "")
+            )
+            for name, count in self.speculator.counts.items()
+        )
+
+    @property
+    def corpus_index(self) -> CorpusIndex | None:
+        """The index over answers, if the method has one."""
+        return next((drafter for drafter in self.speculator.drafters if isinstance(drafter, CorpusIndex)), None)
+
+    def _admit(
+        self, plan: StepPlan, wanting: list[Sequence], drafts: list[Draft], room: int, reads: Reads
+    ) -> list[int]:
         """How many tokens of each draft are verified."""
-        num_wanting, num_read = len(plan.wanting), reads.num_read(plan)
-        num_known = sum(plan.num_tokens)
+        num_wanting, num_known = len(wanting), sum(plan.num_tokens)
+        share_drawn = sum(not sequence.request.sampling.is_greedy for sequence in wanting) / num_wanting
         survivals, owners = _sort_by_survival(drafts)
         num_drafts = np.arange(min(len(survivals), room) + 1)
-        seconds = self._times.seconds(num_known + num_drafts, len(plan.sequences), num_wanting + num_drafts, num_read)
+        num_rows, num_read = num_wanting + num_drafts, reads.num_read(plan)
+        seconds = self._times.seconds(
+            num_known + num_drafts, len(plan.sequences), num_rows, num_read, share_drawn * num_rows
+        )
         # Prompts in the step are work that has to be done anyway: what counts is decoding without them.
         alone_s = float(seconds[0])
         if num_known > num_wanting:
-            alone_s = float(self._times.seconds(num_wanting, num_wanting, num_wanting, num_read))
+            alone_s = float(
+                self._times.seconds(num_wanting, num_wanting, num_wanting, num_read, share_drawn * num_wanting)
+            )
         best = len(num_drafts) - 1
         if self._must_pay:
             num_expected = num_wanting + np.concatenate(([0.0], np.cumsum(survivals[:best])))
             best = int(np.argmax(num_expected / (alone_s + seconds - seconds[0])))
+        self._step.seconds = float(seconds[best])
         self._step.seconds_per_token = alone_s / num_wanting
         self._step.extra_s = float(seconds[best] - seconds[0])
         return np.bincount(owners[:best], minlength=len(drafts)).tolist()
@@ -205,7 +242,7 @@ class Speculation:
         self._model_gain.add(gain_s)
         if self._model_gain.num_seen >= TRIAL_STEPS and self._model_gain.value < 0:
             self._asks_model = False
-            self.notes.append("the draft model takes longer than it saves, and is off")
+            self._note("the draft model takes longer than it saves here, and is off")
 
     def _drafting_ns(self) -> tuple[int, int]:
         """Time spent by all drafters so far, and by the draft model."""

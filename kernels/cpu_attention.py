@@ -34,8 +34,10 @@ MAX_FEW_QUERIES = 32
 """Requests with at most so many query tokens attend page by page, others as prompts do."""
 
 FEW_REQUESTS = 4
-"""Up to so many requests attend in one call each: with one of the demo's, 4 calls for 24 pages take half as long as
-one call over the pages and the merging of its 24 results."""
+"""Up to so many requests attend in one call each: merging the results of their pages would take longer than that."""
+
+FEW_PAGES = 16
+"""For that, pages which do not lie together are copied together, if they are not many."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -175,10 +177,15 @@ def _plan_small(
 ) -> list[_Parts]:
     if len(requests) <= FEW_REQUESTS:
         runs = [_as_slice(request.pages) for request in requests]
-        if all(isinstance(run, slice) for run in runs):
+        if all(isinstance(run, slice) or len(run) <= FEW_PAGES for run in runs):
             return [
                 _new_parts(
-                    [(request, request.first_key)], run, num_tokens, len(request.pages) * page_size, dtype, num_grouped
+                    [(request, request.first_key)],
+                    run,
+                    num_tokens,
+                    len(request.pages) * page_size,
+                    dtype,
+                    num_grouped,
                 )
                 for request, run in zip(requests, runs)
             ]

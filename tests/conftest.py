@@ -22,6 +22,18 @@ import fake_worker
 from fake_worker import FakeWorkers
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_step_times(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines of tests measure their step times briefly, and keep them for the session only; so do Ray's workers, which
+    get the environment but not the budget."""
+    from actors import step_measurement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(step_measurement, "BUDGET_S", 0.1)
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_environment() -> Iterator[dict[str, str]]:
     """An S3 server on loopback, as the environment variables that lead to it."""

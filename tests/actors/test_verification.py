@@ -25,7 +25,7 @@ class Planted:
         self.lengths = lengths or range(longest + 1)
         self.rng = random.Random(seed)
         self.num_accepted = self.num_drafted = 0
-        self.notes = []
+        self.num_verify_steps, self.saved_s = 0, 0.0
 
     def draft(self, plan, scheduler, reads):
         assert reads.num_read(plan) > 0
@@ -42,7 +42,7 @@ class Planted:
                 room -= len(tokens)
         self.before = {sequence: len(sequence.token_ids) for sequence in plan.drafts}
 
-    def learn(self, plan):
+    def learn(self, plan, actual_s):
         for sequence, draft in plan.drafts.items():
             new_tokens = sequence.token_ids[self.before[sequence] :]
             self.num_drafted += len(draft)
