@@ -222,7 +222,8 @@ def summarise(rows: Sequence[RowQuality], part: Part = "answer", seed: int = 0) 
     """The figures over rows, with intervals; deterministic.
 
     Intervals are percentiles of a bootstrap over rows, as the tokens of a row depend on each other; that of exact_match
-    is Wilson's, as a bootstrap of rows that all agree would claim certainty. QualityError without rows or tokens.
+    is Wilson's, as a bootstrap of rows that all agree would claim certainty (and does so for top1_agreement).
+    QualityError without rows or tokens.
     """
     counts_N = np.array([len(_part(row.kl_T, row, part)) for row in rows])
     if not counts_N.sum():

@@ -144,6 +144,47 @@ def bench_command(
     raise typer.Exit(bench(name, keep))
 
 
+@app.command("quality")
+def quality_command(
+    model_a: Annotated[str, typer.Argument(help="The reference: a Hugging Face directory, any URI, or demo.")],
+    model_b: Annotated[str, typer.Argument(help="The model to compare with it.")],
+    prompts: Annotated[str | None, typer.Option(help="Parquet file, folder or glob of prompts.")] = None,
+    prompt_column: Annotated[str | None, typer.Option(help="Column of texts; default: prompt.")] = None,
+    messages_column: Annotated[str | None, typer.Option(help="Column of OpenAI-style messages instead.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message; uses the chat template.")] = None,
+    job: Annotated[str | None, typer.Option(help="Take the prompts and sampling of a job file instead.")] = None,
+    settings_a: Annotated[
+        list[str] | None, typer.Option("--a", metavar="KEY=VALUE", help="Engine setting of A.")
+    ] = None,
+    settings_b: Annotated[
+        list[str] | None, typer.Option("--b", metavar="KEY=VALUE", help="Of B, as in --b kv_cache_dtype=int8.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Of both.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows drawn over all shards.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of the intervals.")] = 0,
+    out: Annotated[str | None, typer.Option(help="Where to write the report, as Parquet.")] = None,
+) -> None:
+    """Say how far a model is from a reference on your prompts: KL, perplexity, agreement, exact match."""
+    from jobs.quality import Prompts, quality
+
+    both = settings or []
+    source = Prompts(prompts, prompt_column, messages_column, system, job)
+    raise typer.Exit(
+        quality(
+            model_a,
+            model_b,
+            source,
+            settings_a=[*both, *(settings_a or [])],
+            settings_b=[*both, *(settings_b or [])],
+            num_rows=rows,
+            max_tokens=max_tokens,
+            seed=seed,
+            out=out,
+        )
+    )
+
+
 @app.command("train-demo")
 def train_demo_command(
     output: Annotated[str, typer.Option(help="Folder for the two models.")] = "demo-models",
