@@ -476,10 +476,8 @@ def _parse_header(header: dict[str, Any], file: str, data_start: int) -> Iterato
 
 def _has_packed_head(checkpoint: Checkpoint) -> bool:
     """Whether a head of its own is stored packed: it counts even where config.json ties the head to the embedding."""
-    packed = checkpoint.packed_format("lm_head")
-    head = replace(checkpoint.architecture, tied_head=False).head()
-    assert head is not None
-    return packed is not None and checkpoint.has(f"lm_head.{next(iter(packed.parts(head)))}")
+    is_packed = checkpoint.packed_format("lm_head") is not None
+    return is_packed and any(checkpoint.has(f"lm_head.{end}") for end in ("qweight", "weight_packed"))
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:

@@ -155,7 +155,8 @@ def _unpack_rows(words_RW: Tensor, bits: int) -> Tensor:
 def _unpack_awq_columns(words_RW: Tensor) -> Tensor:
     """int32 [R, W] with AWQ's order within a word to uint8 [8 W, R]."""
     num_rows, num_words = words_RW.shape
+    bytes_RW4 = words_RW.flatten().view(torch.uint8).view(num_rows, num_words, 4)
     values = torch.empty(num_words, 8, num_rows, dtype=torch.uint8, device=words_RW.device)
     for nibble, column in enumerate(_AWQ_COLUMNS):
-        values[:, column] = ((words_RW >> 4 * nibble) & 15).T
+        values[:, column] = (bytes_RW4[:, :, nibble // 2] >> 4 * (nibble % 2)).bitwise_and_(15).T
     return values.view(num_words * 8, num_rows)
