@@ -44,6 +44,10 @@ just grown is a third full (20 bytes a slot, so 60). While it grows, the old tab
 MAX_LEARNING_SHARE = 0.015
 """Of the time since the first answer. Beyond it answers are not learnt: a fast device brings enough of them."""
 
+MAX_LOADED_COUNT = 127
+"""Of each saved entry. Workers that load the same files all save what was in them: unbounded, four workers make 64
+times of a count in three nights, and what has changed in the corpus would hardly be learnt."""
+
 NUM_FREE_ANSWERS = 64
 """The first answers are learnt whatever it takes."""
 
@@ -199,6 +203,8 @@ class CorpusIndex:
             return False
         entries = self._entries
         for key, value in zip(keys, values):
+            while value & _MASK > MAX_LOADED_COUNT:
+                value = _halve(value)
             known = entries.get(key)
             entries[key] = value if known is None else _join(known, value)
             if len(entries) > self.max_entries:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from actors.acceptance import Acceptance
-from actors.corpus_index import ENTRY_BYTES, MAX_LEARNING_SHARE, NUM_FREE_ANSWERS, CorpusIndex
+from actors.corpus_index import ENTRY_BYTES, MAX_LEARNING_SHARE, MAX_LOADED_COUNT, NUM_FREE_ANSWERS, CorpusIndex
 from actors.drafting import Draft
 from actors.requests import Request, SamplingParams
 from actors.sequence import Sequence
@@ -133,6 +133,22 @@ def test_a_merge_adds_the_counts_of_both_and_keeps_the_bound() -> None:
     small = CorpusIndex(Acceptance(), 1 << 16)
     assert small.merge_bytes(big.to_bytes())
     assert small.num_bytes <= 1 << 16
+
+
+def test_what_saved_indexes_have_in_common_does_not_grow_from_night_to_night_until_nothing_new_is_learnt() -> None:
+    saved = CorpusIndex(Acceptance())
+    for _ in range(200):
+        saved.learn([1, 2, 3], 0)
+    files = [saved.to_bytes()]
+    for _ in range(4):  # nights
+        workers = [CorpusIndex(Acceptance()) for _ in range(4)]
+        assert all(worker.merge_bytes(file) for worker in workers for file in files)
+        files = [worker.to_bytes() for worker in workers]
+    loaded = CorpusIndex(Acceptance())
+    assert all(loaded.merge_bytes(file) for file in files)
+    for _ in range(len(files) * MAX_LOADED_COUNT + 1):
+        loaded.learn([1, 2, 7], 0)
+    assert draft_after(loaded, [9, 2])[:1] == [7]
 
 
 def copying_row(rng: random.Random) -> tuple[list[int], list[int]]:
