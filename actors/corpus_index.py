@@ -113,7 +113,8 @@ class CorpusIndex:
         self._started_at: int | None = None
         self._entries: dict[int, int] = {}
         self._walks: dict[int, _Walk] = {}
-        self._num_learnt = self._num_learnt_at_clearing = 0
+        self._reaches: dict[int, int] = {}
+        self._num_learnt = self._num_learnt_before = 0
         self._chances = acceptance.chances
         priors = [count * share for _ in ORDERS for count in _COUNT_PRIORS for share in _SHARE_PRIORS]
         self._cells = acceptance.add_cells(priors)
@@ -176,8 +177,8 @@ class CorpusIndex:
         self._num_learnt += len(token_ids) - start
         if len(entries) > self.max_entries:
             self._forget_rare()
-        if self._num_learnt > self._num_learnt_at_clearing * 17 // 16:
-            self._clear_walks()
+        if self._num_learnt > self._num_learnt_before * 17 // 16:
+            self._forget_walks()
 
     def to_bytes(self) -> bytes:
         """The index as bytes for `merge_bytes`, 16 for each entry and what copies take."""
@@ -212,7 +213,7 @@ class CorpusIndex:
                 entries = self._entries
         self._copies.merge_list(copies)
         self.num_answers += header["num_answers"]
-        self._clear_walks()
+        self._forget_walks()
         return True
 
     def _extend(self, sequence: Sequence, draft: Draft, num_wanted: int) -> None:
@@ -231,7 +232,9 @@ class CorpusIndex:
                 break
             chances.append(chance)
         if not chances or chances[0] < WEAK_CHANCE:
-            copy = self._copies.propose(context, self._prompt(sequence), num_wanted)
+            copy = None
+            if self._copies.knows(context):
+                copy = self._copies.propose(context, self._prompt(sequence), num_wanted)
             if copy is not None and copy[2][0] > (chances[0] if chances else 0.0):
                 draft.token_ids += copy[0]
                 draft.cells += copy[1]
@@ -249,17 +252,16 @@ class CorpusIndex:
         return prompt
 
     def _known_walk(self, context: list[int]) -> _Walk:
-        """The walk from a context, remembered by as many of its last tokens as it depends on."""
-        get = self._walks.get
-        for order in ORDERS:
-            walk = get(hash(tuple(context[-order:])))
-            if walk is not None:
-                return walk
-        walk, reach = self._walk(context)
-        if len(self._walks) >= MAX_WALKS:
-            self._walks.clear()
-        order = next(order for order in ORDERS if order >= reach)
-        self._walks[hash(tuple(context[-order:]))] = walk
+        """The walk from a context, remembered by as many of its last tokens as walks from its newest one depend on."""
+        order = self._reaches.get(context[-1], 1)
+        walk = self._walks.get(hash(tuple(context[-order:])))
+        if walk is None:
+            walk, reach = self._walk(context)
+            if len(self._walks) >= MAX_WALKS:
+                self._forget_walks()
+            if reach > order:
+                self._reaches[context[-1]] = order = reach
+            self._walks[hash(tuple(context[-order:]))] = walk
         return walk
 
     def _walk(self, context: SequenceOf[int]) -> tuple[_Walk, int]:
@@ -303,11 +305,12 @@ class CorpusIndex:
         """Halve all counts and drop the contexts that were seen once, until a quarter of the room is free."""
         while len(self._entries) > self.max_entries * 3 // 4:
             self._entries = {key: _halve(entry) for key, entry in self._entries.items() if entry & _MASK > 1}
-        self._clear_walks()
+        self._forget_walks()
 
-    def _clear_walks(self) -> None:
+    def _forget_walks(self) -> None:
         self._walks.clear()
-        self._num_learnt_at_clearing = self._num_learnt
+        self._reaches.clear()
+        self._num_learnt_before = self._num_learnt
 
 
 def _is_sure(entry: int) -> bool:

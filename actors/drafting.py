@@ -9,6 +9,7 @@ scheduler, no step times and no forward pass of the target; the engine calls `pr
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -44,13 +45,15 @@ class Draft:
     """A guessed continuation of a sequence's `token_ids`; the lists run in parallel.
 
     cells: the row of the Acceptance table that a token's chance is estimated in. chances: that a token is accepted,
-    given that those before it are. sources: index in `Speculator.drafters` of who guessed it.
+    given that those before it are. sources: index in `Speculator.drafters` of who guessed it. survival: the chance that
+    all tokens are accepted, up to the piece that is being added.
     """
 
     token_ids: list[int] = field(default_factory=list)
     cells: list[int] = field(default_factory=list)
     chances: list[float] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
+    survival: float = 1.0
 
     def split(self, start: int) -> Draft:
         """Cut off and return what comes from token `start` on."""
@@ -72,14 +75,6 @@ class Draft:
             survival *= chance
             total += survival
         return total
-
-    @property
-    def survival(self) -> float:
-        """The chance that all tokens are accepted."""
-        survival = 1.0
-        for chance in self.chances:
-            survival *= chance
-        return survival
 
 
 class Drafter(Protocol):
@@ -240,6 +235,7 @@ class Speculator:
             changed = []
             for i, draft in zip(unsure, old):
                 if drafts[i].gain() > draft.gain():
+                    drafts[i].survival = math.prod(drafts[i].chances)
                     changed.append(i)
                 else:
                     drafts[i] = draft
@@ -290,14 +286,17 @@ def _end_piece(draft: Draft, start: int, limit: int) -> bool:
     chances = draft.chances
     if len(chances) == start:
         return False
+    draft.survival *= chances[start]
     for i in range(start + 1, len(chances)):
         if chances[i] < WEAK_CHANCE:
             draft.split(i)
             break
+        draft.survival *= chances[i]
     return len(chances) < limit and draft.survival >= CHAIN_SURVIVAL
 
 
 def _sure_part(draft: Draft) -> Draft:
     """A copy that ends before the first weak token."""
     end = next((i for i, chance in enumerate(draft.chances) if chance < WEAK_CHANCE), len(draft.chances))
-    return Draft(draft.token_ids[:end], draft.cells[:end], draft.chances[:end], draft.sources[:end])
+    chances = draft.chances[:end]
+    return Draft(draft.token_ids[:end], draft.cells[:end], chances, draft.sources[:end], math.prod(chances))

@@ -61,6 +61,10 @@ class LearnedCopies:
         self._after = acceptance.add_cells([0.8])
         self._tokens = acceptance.add_nested_cells([self._next] * _NUM_TOKEN_CELLS)
 
+    def knows(self, context: SequenceOf[int]) -> bool:
+        """Whether answers have copied from the prompt at this place."""
+        return hash(tuple(context[-CONTEXT:])) in self._places
+
     def propose(
         self, context: SequenceOf[int], prompt: str, num_wanted: int
     ) -> tuple[list[int], list[int], list[float]] | None:
