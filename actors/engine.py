@@ -113,7 +113,7 @@ class Engine:
             config,
             Limits(num_pages, config.page_size, config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len),
         )
-        self._speculation = self._new_speculation(num_pages)
+        self.speculation = self._new_speculation(num_pages)
         self.stats = EngineStats()
         self._rows: dict[str, _Row] = {}
         self._refused: list[Completion] = []
@@ -154,8 +154,8 @@ class Engine:
             return refused
         started = time.perf_counter_ns()
         plan = self.scheduler.plan_step()
-        if self._speculation is not None:
-            self._speculation.draft(plan, self.scheduler, self._runner)
+        if self.speculation is not None:
+            self.speculation.draft(plan, self.scheduler, self._runner)
         tokens, weights = self._runner.run(plan, self._times)
         self.scheduler.commit(plan)
         if self._draft_model is not None:
@@ -163,18 +163,18 @@ class Engine:
                 self._draft_model.copy_slots(copy.source, copy.target, copy.num_tokens)
         for sequence, sampled in tokens.items():
             self._take(sequence, plan.drafts.get(sequence, []), sampled)
-        if self._speculation is not None:
-            self._speculation.learn(plan, (time.perf_counter_ns() - started) / 1e9)
-            self.stats.num_verify_steps = self._speculation.num_verify_steps
-            self.stats.saved_by_speculation_s = self._speculation.saved_s
+        if self.speculation is not None:
+            self.speculation.learn(plan, (time.perf_counter_ns() - started) / 1e9)
+            self.stats.num_verify_steps = self.speculation.num_verify_steps
+            self.stats.saved_by_speculation_s = self.speculation.saved_s
         finished = [sequence for sequence in tokens if sequence.finish_reason is not None]
         for sequence in finished:
             if sequence.finish_reason == "error":
                 self._clear(self.scheduler.discard(sequence))
                 continue
             self.scheduler.finish(sequence)
-            if self._speculation is not None:
-                self._speculation.finish(sequence)
+            if self.speculation is not None:
+                self.speculation.finish(sequence)
         # Text before the clock is read: decoding it is part of what the step cost.
         done = [row for sequence in finished if (row := self._close(sequence)) is not None]
         self._charge(plan, weights, time.perf_counter_ns() - started)
@@ -182,16 +182,16 @@ class Engine:
 
     def drafter_stats(self) -> tuple[DrafterStats, ...]:
         """What each drafter has done since the engine was made."""
-        return () if self._speculation is None else self._speculation.drafter_stats()
+        return () if self.speculation is None else self.speculation.drafter_stats()
 
     def corpus_index(self) -> bytes | None:
         """The index over what was answered, for `load_corpus_index` of another engine; None without one."""
-        index = None if self._speculation is None else self._speculation.corpus_index
+        index = None if self.speculation is None else self.speculation.corpus_index
         return None if index is None else index.to_bytes()
 
     def load_corpus_index(self, data: bytes) -> bool:
         """Add what another engine's index holds to this one's; False if there is none here, or `data` is no index."""
-        index = None if self._speculation is None else self._speculation.corpus_index
+        index = None if self.speculation is None else self.speculation.corpus_index
         return index is not None and index.merge_bytes(data)
 
     def generate(

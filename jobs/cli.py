@@ -135,7 +135,7 @@ def quantize_command(
 
 @app.command("bench")
 def bench_command(
-    name: Annotated[str, typer.Argument(help="Which: engine or pipeline.")],
+    name: Annotated[str, typer.Argument(help="Which: engine, pipeline or speculation.")],
     keep: Annotated[str | None, typer.Option(help="Folder in which the JSON is kept too.")] = None,
 ) -> None:
     """Measure against a baseline in the same command; the last line is JSON."""

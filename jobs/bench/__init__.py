@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-BENCHES = ("engine", "pipeline")
+import importlib
+
+BENCHES = ("engine", "pipeline", "speculation")
+"""Each is a file of this folder with a function bench_NAME."""
 
 
 def bench(name: str, keep: str | None = None) -> int:
@@ -10,12 +13,8 @@ def bench(name: str, keep: str | None = None) -> int:
 
     keep: a folder in which the JSON is kept as `<date>_<name>_<device>.json` too.
     """
-    if name == "engine":
-        from jobs.bench.engine import bench_engine
-
-        return bench_engine().publish(keep)
-    if name == "pipeline":
-        from jobs.bench.pipeline import bench_pipeline
-
-        return bench_pipeline().publish(keep)
-    raise ValueError(f"there is no bench {name!r}; choose one of {', '.join(BENCHES)}")
+    if name not in BENCHES:
+        raise ValueError(f"there is no bench {name!r}; choose one of {', '.join(BENCHES)}")
+    module = importlib.import_module(f"jobs.bench.{name}")
+    code: int = getattr(module, f"bench_{name}")().publish(keep)
+    return code

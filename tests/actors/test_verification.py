@@ -73,14 +73,14 @@ def speculating(make_engine):
 
 
 def answer(engine, requests, planted=None):
-    engine._speculation = planted
+    engine.speculation = planted
     done = {}
     for request in requests:
         engine.add(request)
     while engine.has_unfinished():
         for completion in engine.step():
             done[completion.request_id] = completion
-    engine._speculation = None
+    engine.speculation = None
     assert engine.scheduler.tree.num_available == engine.scheduler.pool.num_pages, "a page was lost"
     return done
 
