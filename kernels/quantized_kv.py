@@ -164,7 +164,7 @@ def _write_quantized_kernel(
     at_x = x + token * x_stride_token + head[:, None] * x_stride_head + column[None, :]
     numbers = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(numbers), axis=1)
-    factor = tl.where(largest > smallest, 127.0 / largest, 0.0)
+    factor = tl.where(largest > smallest, 127.0 / tl.maximum(largest, smallest), 0.0)
     rounded = tl.floor(numbers * factor[:, None] + 0.5)
     # A head that is not finite shall be seen: its scale becomes NaN, and its bytes 0 rather than undefined.
     scale = largest / 127.0 + tl.sum(numbers * 0.0, axis=1)

@@ -68,6 +68,15 @@ def test_each_token_is_written_once_so_a_second_round_answers_the_same(make_engi
     assert [c.usage.cached_tokens for c in second] == [len(prompt) - 1 for prompt in PROMPTS]
 
 
+def test_deterministic_engines_give_the_same_bits_from_int8_pages_in_any_batch(make_engine):
+    crowd = make_engine(deterministic=True).generate(PROMPTS, GREEDY)
+    small = make_engine(deterministic=True, max_num_batched_tokens=7, enable_prefix_caching=False)
+    apart = [small.generate([prompt], GREEDY)[0] for prompt in PROMPTS[:4]]
+    for one, other in zip(apart, crowd):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        assert one.outputs[0].mean_logprob == other.outputs[0].mean_logprob
+
+
 def test_int8_differs_from_float32_a_little_and_bf16_less(make_engine):
     reference = make_engine(kv_cache_dtype="auto")
     kl = {
