@@ -122,6 +122,14 @@ class StepTimes:
         """The expected cost of a sequence that computes `num_tokens` and reads `num_read` tokens of context."""
         return num_tokens * self.linear_s_per_token + num_read * self.attention_s_per_read
 
+    def weigh_step(self, num_tokens: Sequence[int], num_read: Sequence[float]) -> list[float]:
+        """What each sequence of a step bears of its time: what reading the weights and multiplying takes by its tokens,
+        attention by what it reads. `weigh` supposes a large step, where a token costs less and so reading more."""
+        total = sum(num_tokens)
+        token_s = float(self.seconds(total, len(num_tokens), len(num_tokens), 0, num_chunks=0)) / total
+        read_s = self.attention_s_per_read
+        return [count * token_s + read * read_s for count, read in zip(num_tokens, num_read)]
+
     def best_num_batched_tokens(self, limit: int) -> int:
         """The fewest tokens of a prefill step, up to `limit`, beyond which tokens per second rise by 3 % at most."""
         # Beyond the last measured size the curve is a guess, which shall not speak for larger steps.

@@ -142,6 +142,15 @@ def test_a_sequence_bears_its_tokens_and_what_it_reads():
     assert TIMES.weigh(10, 500) == pytest.approx(10 * 0.01 / 64 + 500 * 1.1e-7)
 
 
+def test_the_weights_of_a_step_sum_to_what_it_takes():
+    # Decodes, so that all terms are linear in the sequences.
+    weights = TIMES.weigh_step([1, 1, 1, 1, 1], [10, 20, 30, 40, 500])
+    assert sum(weights) == pytest.approx(TIMES.seconds(5, 5, 5, 600))
+    assert weights[4] - weights[0] == pytest.approx(490 * 1.1e-7)
+    prompt, decode = TIMES.weigh_step([60, 1], [60, 100])
+    assert prompt > 50 * decode
+
+
 def test_json_gives_back_what_it_took():
     assert StepTimes.from_json(TIMES.to_json()) == TIMES
     assert StepTimes.from_json(TIMES.to_json()).seconds(7, 2, 7, 90) == TIMES.seconds(7, 2, 7, 90)
