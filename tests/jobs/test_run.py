@@ -238,6 +238,35 @@ def test_the_bill_of_a_real_engine_adds_up_to_the_time_that_the_device_was_held(
     assert all(table["completion_tokens"].to_pylist() == [30] * len(table) for table in tables)
 
 
+def test_the_drafts_of_a_real_engine_are_on_its_rows_and_its_index_is_loaded_by_the_next_run(
+    ray_cluster, write_corpus, write_job, tmp_path, capsys
+):
+    write_corpus({"a": [f"Say this again and again: {i}" for i in range(30)]})
+    config = {"method": "combined", "num_speculative_tokens": 4}
+    job = str(write_job(sampling={"max_tokens": 60}, engine={"speculative_config": config}))
+    assert run(job, []) == 0
+    output = Storage(str(tmp_path / "out"))
+    bill = json.loads(output.read_bytes("_SUCCESS"))["bill"]
+    table = pq.read_table(tmp_path / "out" / "results" / "a.parquet")
+    for column in ("drafted_tokens", "accepted_tokens"):
+        assert sum(drafter[column] for drafter in bill["drafters"]) == sum(table[column].to_pylist()) > 0
+    assert bill["acceptance_length"] == 1 + bill["accepted_tokens"] / bill["num_verify_steps"]
+    (first,) = output.list("_drafts")
+    assert num_answers_in(output.read_bytes(first.path)) == 30
+
+    write_corpus({"b": ["Something else"]})
+    assert run(job, []) == 0
+    (second,) = output.list("_drafts")
+    assert num_answers_in(output.read_bytes(second.path)) == 31
+    assert "indexes of answers" not in capsys.readouterr().out, "it was read, so there is no note"
+    assert run(job, ["engine.speculative_config.method=none"]) == 0, "nothing to do, and the same fingerprint"
+
+
+def num_answers_in(index: bytes) -> int:
+    """From the header of a saved index of answers, its second line."""
+    return int(json.loads(index.split(b"\n")[1])["num_answers"])
+
+
 def test_several_completions_and_logprobs_come_through_the_whole_way(ray_cluster, write_corpus, write_job, tmp_path):
     write_corpus({"a": ["one", "two"]})
     sampling = {"n": 3, "temperature": 1.0, "logprobs": 2, "max_tokens": 4}
