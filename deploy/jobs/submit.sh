@@ -27,4 +27,5 @@ ray job submit --submission-id "$id" ${WORKING_DIR:+--working-dir "$WORKING_DIR"
 wait $!
 
 # `ray job submit` exits 0 for a job that somebody stopped.
-ray job status "$id" | grep -qi succeeded
+status=$(ray job status "$id" 2>&1)
+[[ $status == *succeeded* ]] || { echo "$status" >&2; exit 1; }

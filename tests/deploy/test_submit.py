@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,12 +89,17 @@ def test_a_stopped_job_drains_and_the_next_one_finishes_it(
     assert second["num_slices_computed"] == num_slices - len(kept)
 
 
-def test_a_submission_id_is_good_for_one_night(head: Head) -> None:
-    words = ("job", "submit", "--submission-id", "nightly-2030-01-01", "--no-wait", "--", "true")
-    assert head.ray(*words).returncode == 0
-    again = head.ray(*words)
-    assert again.returncode != 0
-    assert "already exists" in again.stdout + again.stderr
+def test_a_night_is_run_once(
+    head: Head, write_corpus: Callable[..., Path], write_job: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_corpus({"a": ["one", "two"]})
+    command = ["bash", "deploy/jobs/submit.sh", str(write_job())]
+    env = {**head.env, "WORKING_DIR": ".", "NIGHT": "2030-01-01"}
+    for exit_code, words in ((0, "Job 'nightly-2030-01-01' succeeded"), (1, "nightly-2030-01-01 already exists")):
+        done = subprocess.run(command, cwd=head.checkout, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == exit_code, done.stdout + done.stderr
+        assert words in done.stdout + done.stderr
+    assert (tmp_path / "out/_SUCCESS").exists()
 
 
 def test_who_has_no_token_is_refused(head: Head) -> None:
