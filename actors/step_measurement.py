@@ -142,33 +142,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shoal" / "step_times"
 
 
-def measure_step_times(
-    time_step: Callable[[StepShape], float],
-    limits: Limits,
-    budget_s: float,
-    clock: Callable[[], float] = time.perf_counter,
-) -> StepTimes:
+def measure_step_times(time_step: Callable[[StepShape], float], limits: Limits, budget_s: float) -> StepTimes:
     """Time steps of many shapes and fit. `time_step` runs one step and returns its seconds.
 
-    Every shape at its best: first all of them, quick ones three times since the first may have compiled something, then
-    all again in turns while there is time, so that whatever disturbs does not hit one shape only.
+    Every shape at its best: first all of them, quick ones three times, then all again in turns while there is time, so
+    that whatever disturbs does not hit one shape only.
     """
-    budget_s = BUDGET_S if budget_s is None else budget_s
-    started = clock()
     measured: dict[StepShape, float] = {}
+    spent_s = 0.0
+
+    def measure(shape: StepShape) -> float:
+        nonlocal spent_s
+        seconds = time_step(shape)
+        spent_s += seconds
+        measured[shape] = min(seconds, measured.get(shape, seconds))
+        return seconds
+
     for deadline_s, shapes in zip((2 * budget_s, budget_s, budget_s), shapes_to_measure(limits)):
         for shape in shapes:
-            is_needed = len(measured) < NUM_NEEDED
-            if shape in measured or not _fits(shape, limits) or (_is_slow(shape, measured) and not is_needed):
+            may_be_left_out = len(measured) >= NUM_NEEDED and (spent_s > deadline_s or _is_slow(shape, measured))
+            if shape in measured or may_be_left_out or not _fits(shape, limits):
                 continue
-            if clock() - started > deadline_s and not is_needed:
-                break
-            seconds = time_step(shape)
-            num_more = min(2, int(SLOW_STEP_S / 2 / seconds))
-            measured[shape] = min([seconds, *(time_step(shape) for _ in range(num_more))])
+            seconds = measure(shape)
+            for _ in range(min(2, int(SLOW_STEP_S / 2 / seconds))):
+                measure(shape)
     for shape in list(measured) * NUM_MORE_ROUNDS:
-        if clock() - started + measured[shape] < budget_s:
-            measured[shape] = min(measured[shape], time_step(shape))
+        if spent_s + measured[shape] < budget_s:
+            measure(shape)
     return fit_step_times([shape.measured(seconds) for shape, seconds in measured.items()])
 
 
@@ -222,6 +222,8 @@ class RunnerTimer:
         self._token_ids = itertools.cycle([i * 7919 % decoder.vocab_size for i in range(4096)])
         # What sequences cost is of no interest here, but the runner always weighs them.
         self._costs = StepTimes((1,), (1.0,))
+        self._compiles = decoder.device.type == "cuda"
+        self._compiled: set[tuple[StepShape, ...]] = set()
 
     def __call__(self, *shapes: StepShape) -> float:
         """Seconds of one step with the sequences of all shapes, from its plan to its tokens."""
@@ -236,6 +238,9 @@ class RunnerTimer:
                 plan.num_tokens.append(shape.num_known)
                 if shape.num_drafts:
                     plan.drafts[sequence] = list(itertools.islice(self._token_ids, shape.num_drafts))
+        if self._compiles and shapes not in self._compiled:
+            self._compiled.add(shapes)
+            self._runner.run(plan, self._costs)
         started = time.perf_counter()
         self._runner.run(plan, self._costs)  # reads its tokens, so that the device is done
         return time.perf_counter() - started
@@ -297,6 +302,7 @@ def _describe_engine(
         "dtype": str(decoder.dtype),
         "linears": decoder.describe(),
         "kv_bytes_per_token": decoder.kv_bytes_per_token,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "deterministic": config.deterministic,
         "enable_prefix_groups": config.enable_prefix_groups,
         "limits": asdict(limits),
