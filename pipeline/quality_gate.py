@@ -102,13 +102,13 @@ def _measure(job: Job, section: QualitySection, shards: Sequence[Shard], key: st
 def _judge(job: Job, section: QualitySection, measured: Measured) -> None:
     quality = measured.quality
     limits = (
-        ("max_kl", section.max_kl, quality.kl_mean, "above"),
-        ("min_top1", section.min_top1, quality.top1_agreement, "below"),
-        ("min_exact_match", section.min_exact_match, quality.exact_match, "below"),
+        ("KL", "max_kl", section.max_kl, quality.kl_mean, "above"),
+        ("top-1 agreement", "min_top1", section.min_top1, quality.top1_agreement, "below"),
+        ("exact match", "min_exact_match", section.min_exact_match, quality.exact_match, "below"),
     )
     missed = [
-        f"  {_show(estimate)} is {side} quality.{name}={limit:g}"
-        for name, limit, estimate, side in limits
+        f"  {figure} {_show(estimate)} is {side} quality.{key}={limit:g}"
+        for figure, key, limit, estimate, side in limits
         if limit is not None and (estimate.value > limit if side == "above" else estimate.value < limit)
     ]
     if missed:
