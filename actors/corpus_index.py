@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actors.acceptance import MIN_SURVIVAL, WEAK_CHANCE, Acceptance
-from actors.learned_copies import LearnedCopies
+from actors.learned_copies import CopiedFrom, LearnedCopies
 from actors.prompt_lookup import to_code_points
 from actors.sequence import Sequence
 
@@ -57,8 +57,10 @@ PLACE_ORDER = 4
 MIN_BRANCH_SEEN = 6
 
 MAX_WALKS = 1024
-"""Remembered walks; all are forgotten when the answers learnt have grown by a sixteenth. With
-what `learned_copies` knows they take at most 2 MB beside the entries."""
+"""Remembered walks. With what `learned_copies` knows they take at most 2 MB beside the entries."""
+
+MAX_STALE_TOKENS = 1 << 14
+"""Walks are forgotten when so many tokens more were learnt, or a quarter of what was known if that is less."""
 
 MAX_WALK_TOKENS = 64
 """As many draft tokens as the configuration allows."""
@@ -177,7 +179,7 @@ class CorpusIndex:
         self._num_learnt += len(token_ids) - start
         if len(entries) > self.max_entries:
             self._forget_rare()
-        if self._num_learnt > self._num_learnt_before * 17 // 16:
+        if self._num_learnt - self._num_learnt_before > min(self._num_learnt_before // 4, MAX_STALE_TOKENS):
             self._forget_walks()
 
     def to_bytes(self) -> bytes:
@@ -234,7 +236,7 @@ class CorpusIndex:
         if not chances or chances[0] < WEAK_CHANCE:
             copy = None
             if self._copies.knows(context):
-                copy = self._copies.propose(context, self._prompt(sequence), num_wanted)
+                copy = self._copies.propose(context, self._copied_from(sequence), num_wanted)
             if copy is not None and copy[2][0] > (chances[0] if chances else 0.0):
                 draft.token_ids += copy[0]
                 draft.cells += copy[1]
@@ -244,12 +246,13 @@ class CorpusIndex:
         draft.cells += walk[1][: len(chances)]
         draft.chances += chances
 
-    def _prompt(self, sequence: Sequence) -> str:
-        """The prompt's tokens as one string, made when first needed."""
-        prompt: str | None = sequence.drafting.get(self.name)
-        if prompt is None:
-            prompt = sequence.drafting[self.name] = to_code_points(sequence.token_ids[: sequence.num_prompt])
-        return prompt
+    def _copied_from(self, sequence: Sequence) -> CopiedFrom:
+        """The prompt to copy from, made when first needed."""
+        row: CopiedFrom | None = sequence.drafting.get(self.name)
+        if row is None:
+            prompt = to_code_points(sequence.token_ids[: sequence.num_prompt])
+            row = sequence.drafting[self.name] = CopiedFrom(prompt)
+        return row
 
     def _known_walk(self, context: list[int]) -> _Walk:
         """The walk from a context, remembered by as many of its last tokens as walks from its newest one depend on."""

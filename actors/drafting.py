@@ -163,17 +163,18 @@ class Speculator:
         limits: SequenceOf[int],
         drafters: SequenceOf[Drafter],
     ) -> None:
-        """Extend drafts in place, piece by piece, each by the drafter whose piece is expected to bring most."""
+        """Extend drafts in place, piece by piece, each by the drafter whose piece is expected to bring most; where one
+        is sure, those after it are not asked."""
         growing = [i for i in indices if len(drafts[i].token_ids) < limits[i]]
         starts = {i: len(drafts[i].token_ids) for i in growing}
         for _ in range(MAX_LINKS):
-            open_ = growing
+            unsure = growing
             for drafter in drafters:
-                if not open_:
+                if not unsure:
                     break
-                self._extend(drafter, drafts, open_, starts, sequences, limits)
-                # Where a drafter is sure, nobody else is asked.
-                open_ = [i for i in open_ if not _is_sure(drafts[i], starts[i])]
+                self._extend(drafter, drafts, unsure, starts, sequences, limits)
+                if drafter is not drafters[-1]:
+                    unsure = [i for i in unsure if not _is_sure(drafts[i], starts[i])]
             growing = [i for i in growing if _end_piece(drafts[i], starts[i], limits[i])]
             if not growing:
                 return

@@ -26,8 +26,8 @@ MAX_STARTS = 1024
 """Prompt tokens that a copy has started with; a cue before any other token is followed only if there is none before
 one of these."""
 
-NUM_JUDGED, JUDGED_LATER = 64, 4
-"""After so many answers only every fourth is used to judge the cues of a place."""
+NUM_JUDGED, JUDGED_LATER = 64, 8
+"""After so many answers only every eighth is used to judge the cues of a place."""
 
 MIN_RATE = 0.3
 """Cues that were right less often are not followed."""
@@ -45,6 +45,14 @@ class _Place:
     best: list[tuple[float, str]] = field(default_factory=list)
     after: int = -1
     num_seen: int = 0
+
+
+@dataclass(slots=True)
+class CopiedFrom:
+    """A row's prompt as code points, and where copies start in it, by place; found once."""
+
+    prompt: str
+    starts: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class LearnedCopies:
@@ -66,12 +74,22 @@ class LearnedCopies:
         return hash(tuple(context[-CONTEXT:])) in self._places
 
     def propose(
-        self, context: SequenceOf[int], prompt: str, num_wanted: int
+        self, context: SequenceOf[int], row: CopiedFrom, num_wanted: int
     ) -> tuple[list[int], list[int], list[float]] | None:
         """Tokens, cells and chances of the likeliest copy at a place; None when no cue of it is in the prompt."""
-        place = self._places.get(hash(tuple(context[-CONTEXT:])))
+        key = hash(tuple(context[-CONTEXT:]))
+        place = self._places.get(key)
         if place is None:
             return None
+        if key not in row.starts:
+            row.starts[key] = self._find_start(place, row.prompt)
+        start, cell = row.starts[key]
+        if start < 0:
+            return None
+        return self._copy(place, cell, row.prompt[start : start + num_wanted], num_wanted)
+
+    def _find_start(self, place: _Place, prompt: str) -> tuple[int, int]:
+        """Behind the best cue that is in the prompt, and the cell of a copy's first token; -1 when there is none."""
         unknown = -1
         for rate, cue in place.best:
             start = prompt.rfind(cue, 0, len(prompt) - 1) + len(cue)
@@ -79,12 +97,10 @@ class LearnedCopies:
                 continue
             if prompt[start] in self._starts:
                 row = min(int((rate - MIN_RATE) / (1 - MIN_RATE) * len(_RATE_PRIORS)), len(_RATE_PRIORS) - 1)
-                return self._copy(place, self._first + row, prompt[start : start + num_wanted], num_wanted)
+                return start, self._first + row
             if unknown < 0:
                 unknown = start
-        if unknown < 0:
-            return None
-        return self._copy(place, self._unknown, prompt[unknown : unknown + num_wanted], num_wanted)
+        return unknown, self._unknown
 
     def learn(self, context: SequenceOf[int], answer: SequenceOf[int], prompt: str) -> None:
         """Note where the beginning of `answer`, what came at a place, stands in the prompt."""

@@ -6,7 +6,7 @@ import json
 import random
 
 from actors.acceptance import Acceptance
-from actors.learned_copies import MAX_CUES, MAX_PLACES, LearnedCopies
+from actors.learned_copies import MAX_CUES, MAX_PLACES, CopiedFrom, LearnedCopies
 from actors.prompt_lookup import to_code_points
 
 PLACE = [20, 21, 22, 23]
@@ -36,7 +36,7 @@ def share_right(copies: LearnedCopies, rng: random.Random, num_rows: int = 200) 
     num_right = 0
     for _ in range(num_rows):
         prompt, answer = make_row(rng)
-        guess = copies.propose([1, 2, *PLACE], to_code_points(prompt), 6)
+        guess = copies.propose([1, 2, *PLACE], CopiedFrom(to_code_points(prompt)), 6)
         if guess is not None:
             tokens, cells, chances = guess
             assert len(tokens) == len(cells) == len(chances) <= 6
@@ -52,9 +52,9 @@ def test_the_number_behind_the_cue_is_copied_and_the_decoy_is_not() -> None:
 def test_nothing_is_copied_at_another_place_or_without_a_cue() -> None:
     copies, rng = taught()
     prompt, _ = make_row(rng)
-    assert copies.propose([20, 21, 22, 99], to_code_points(prompt), 8) is None
-    assert copies.propose(PLACE, to_code_points(list(range(200, 240))), 8) is None
-    assert LearnedCopies(Acceptance()).propose(PLACE, to_code_points(prompt), 8) is None
+    assert copies.propose([20, 21, 22, 99], CopiedFrom(to_code_points(prompt)), 8) is None
+    assert copies.propose(PLACE, CopiedFrom(to_code_points(list(range(200, 240)))), 8) is None
+    assert LearnedCopies(Acceptance()).propose(PLACE, CopiedFrom(to_code_points(prompt)), 8) is None
 
 
 def test_a_copy_ends_where_copies_end_and_goes_on_with_what_follows_one() -> None:
@@ -63,14 +63,14 @@ def test_a_copy_ends_where_copies_end_and_goes_on_with_what_follows_one() -> Non
     copies = LearnedCopies(acceptance)
     for _ in range(150):
         prompt, answer = make_row(rng)
-        guess = copies.propose(PLACE, to_code_points(prompt), 8)
+        guess = copies.propose(PLACE, CopiedFrom(to_code_points(prompt)), 8)
         for token, cell, expected in zip(*(guess[:2] if guess else ([], [])), answer):
             acceptance.update(cell, token == expected)
             if token != expected:
                 break
         copies.learn(PLACE, answer, to_code_points(prompt))
     prompt, answer = make_row(rng)
-    guess = copies.propose(PLACE, to_code_points(prompt), 8)
+    guess = copies.propose(PLACE, CopiedFrom(to_code_points(prompt)), 8)
     assert guess is not None
     assert guess[0] == [*answer[:6], END[0]]
 
