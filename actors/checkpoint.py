@@ -55,6 +55,8 @@ _FIRST_READ_BYTES = 256 << 10
 _RANGE_BYTES = 16 << 20
 """Remote tensors are read in parallel ranges of this size."""
 
+_RANGES_AT_ONCE = 8
+
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -117,16 +119,25 @@ class _Directory:
                 file.seek(start)
                 num_read = file.readinto(data)
         else:
-            starts = range(start, start + num_bytes, _RANGE_BYTES)
-            ends = [min(begin + _RANGE_BYTES, start + num_bytes) for begin in starts]
-            data = bytearray().join(self.filesystem.cat_ranges([path] * len(ends), list(starts), ends))
-            num_read = len(data)
+            data, num_read = self._read_ranges(path, start, num_bytes)
         if num_read != num_bytes:
             raise CheckpointError(
                 f"{self.uri}/{name}: {num_bytes} bytes wanted at {start}, {num_read} came; "
                 "the file has changed or is truncated"
             )
         return data
+
+    def _read_ranges(self, path: str, start: int, num_bytes: int) -> tuple[bytearray, int]:
+        """The range and how many bytes of it came, with few of its parts beside it in memory at a time."""
+        data, num_read, end = bytearray(num_bytes), 0, start + num_bytes
+        batch_bytes = _RANGES_AT_ONCE * _RANGE_BYTES
+        for batch in range(start, end, batch_bytes):
+            begins = range(batch, min(batch + batch_bytes, end), _RANGE_BYTES)
+            ends = [min(begin + _RANGE_BYTES, end) for begin in begins]
+            for part in self.filesystem.cat_ranges([path] * len(ends), list(begins), ends):
+                data[num_read : num_read + len(part)] = part
+                num_read += len(part)
+        return data, num_read
 
     def read_json(self, name: str) -> dict[str, Any]:
         text = self.read(name, 0, self.sizes[name])
@@ -228,6 +239,21 @@ class Checkpoint:
             return unpack_weight(parts, linear, packed)
         except CheckpointError as error:
             raise CheckpointError(f"{self.uri}: {error}") from error
+
+    def read_bias(self, linear: LinearSpec) -> Tensor | None:
+        """The bias of a linear layer; None where it has none.
+
+        GPTQ's first tools stored zeros for layers without: passed over, while a bias that counts is a CheckpointError.
+        """
+        name = f"{linear.name}.bias"
+        if linear.has_bias:
+            return self.read(name)
+        if self.has(name) and bool(self.read(name).any()):
+            raise CheckpointError(
+                f"{self.uri}: tensor {name} of shape {list(self.shape(name))} is not zero, but config.json gives the "
+                "layer no bias"
+            )
+        return None
 
     def read_linear(self, linear: LinearSpec) -> Tensor:
         """The weight [N, K] of a linear layer as float32 on the CPU, decoded if it is packed."""

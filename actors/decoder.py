@@ -242,7 +242,7 @@ class _Loader:
         """Read linear layers of the same input and fuse them into one."""
         parts = [self._weight(spec, round_to_int4) for spec in specs]
         weights, order_K = [weight for weight, _ in parts], parts[0][1]
-        biases = [self._read(spec.name + ".bias").to(self.dtype) if spec.has_bias else None for spec in specs]
+        biases = [self._bias(spec) for spec in specs]
         if len(specs) == 1:
             return self._prepare(weights[0], biases[0], order_K)
         is_one_order = all(_is_same_order(order_K, order) for _, order in parts)
@@ -254,6 +254,10 @@ class _Loader:
         parts.clear()
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
         return self._prepare(fused, bias, order_K)
+
+    def _bias(self, linear: LinearSpec) -> Tensor | None:
+        bias_N = self.checkpoint.read_bias(linear)
+        return None if bias_N is None else bias_N.to(self.device, self.dtype)
 
     def _prepare(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, order_K: Tensor | None = None) -> Linear:
         # How a weight is multiplied is a choice that only a CPU has.

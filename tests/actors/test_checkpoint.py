@@ -113,6 +113,7 @@ def test_a_remote_model_is_read_by_ranges_and_only_small_files_are_copied(
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counting)
     monkeypatch.setattr("actors.checkpoint._RANGE_BYTES", 5000)
+    monkeypatch.setattr("actors.checkpoint._RANGES_AT_ONCE", 3)
     monkeypatch.setattr("actors.checkpoint._FIRST_READ_BYTES", 1000)
     remote = open_checkpoint("memory://bucket/mistral")
     weight_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))

@@ -389,6 +389,25 @@ def test_a_scale_that_is_no_number_is_refused_while_it_is_read(source: Path, tmp
         load(tmp_path / "packed")
 
 
+def test_a_bias_of_zeros_where_there_is_none_is_passed_over_and_one_that_counts_is_refused(
+    source: Path, tmp_path: Path
+) -> None:
+    name = "model.layers.1.self_attn.o_proj.bias"
+    write_packed(source, tmp_path / "packed", *CASES["gptq-v1"])
+    expected = logits_of(load(tmp_path / "packed", linear_compute="dense"))
+    last = sorted((tmp_path / "packed").glob("*.safetensors"))[-1]
+
+    def store(bias: np.ndarray) -> None:
+        save_file({**load_file(last), name: bias}, last)
+        change_tensors(tmp_path / "packed", lambda tensors: None)
+
+    store(np.zeros(128, dtype=np.float16))
+    assert torch.equal(logits_of(load(tmp_path / "packed", linear_compute="dense")), expected)
+    store(np.ones(128, dtype=np.float16))
+    with pytest.raises(CheckpointError, match=rf"tensor {name} of shape \[128\] is not zero, but config.json gives"):
+        load(tmp_path / "packed")
+
+
 # Memory
 
 MEASURE_PEAK = """

@@ -95,6 +95,15 @@ def test_three_and_eight_bits_are_multiplied_as_a_dense_copy_and_say_so(bits, co
         assert f"float32 copy of int{bits}" in linear.describe()
 
 
+def test_a_weight_that_is_not_packed_is_not_copied_where_memory_is_to_be_saved(monkeypatch):
+    monkeypatch.setattr(cpu_linear, "_choose_form", lambda *_: "packed")
+    weight, x = torch.randn(16, 32), torch.randn(3, 32)
+    linear = prepare_cpu_linear(weight, None, dtype=torch.float32, compute="int4")
+    weight.zero_()  # seen only if the layer multiplies this very tensor
+    assert not linear(x).any() and linear.describe() == "plain float32"
+    assert prepare_cpu_linear(weight, None, dtype=torch.float32).describe() == "packed float32"
+
+
 def test_a_shape_that_the_int4_product_does_not_take_is_refused_by_name():
     with pytest.raises(ValueError, match=r"\[40, 128\].*linear_compute"):
         prepare_cpu_linear(make_weight(num_out=40), None, dtype=torch.bfloat16, compute="int4")
