@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,13 +31,25 @@ REFERENCE_TILE = 64
 CHECKED_ROWS = 256
 
 
-class FixedOrderLinear:
-    """y = x W^T + b over x [M, K], in calls of `tiles` rows."""
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Numbers of rows, ascending, that give the reference's bits."""
 
-    def __init__(self, product: Product, bias: Tensor | None, tiles: tuple[int, ...], form: str) -> None:
-        self._product, self._bias, self._tiles, self._form = product, bias, tiles, form
+    sizes: tuple[int, ...]
+    on_one_thread: bool
+
+
+class FixedOrderLinear:
+    """y = x W^T + b over x [M, K], in calls of `tiles` rows; on one thread where more give other bits."""
+
+    def __init__(self, product: Product, bias: Tensor | None, tiles: _Tiles, form: str) -> None:
+        self._product, self._bias, self._form = product, bias, form
+        self._tiles, self._on_one_thread = tiles.sizes, tiles.on_one_thread
 
     def __call__(self, x_MK: Tensor) -> Tensor:
+        return with_threads(1, lambda: self._multiply(x_MK)) if self._on_one_thread else self._multiply(x_MK)
+
+    def _multiply(self, x_MK: Tensor) -> Tensor:
         num_rows = len(x_MK)
         pieces: list[Tensor] = []
         start = 0
@@ -51,7 +64,8 @@ class FixedOrderLinear:
 
     def describe(self) -> str:
         """The form, and the numbers of rows that it is called with."""
-        return f"{self._form} in fixed tiles of {', '.join(map(str, self._tiles))} rows"
+        threads = " on one thread" if self._on_one_thread else ""
+        return f"{self._form} in fixed tiles of {', '.join(map(str, self._tiles))} rows{threads}"
 
 
 def next_tile(tiles: tuple[int, ...], num_rows: int) -> int:
@@ -70,8 +84,8 @@ def prepare_fixed_order_linear(
 ) -> FixedOrderLinear:
     """Bring a weight [N, K] into the first form, in a fixed order, that agrees with itself.
 
-    Quantised weights are decoded to `dtype`, except with compute "int4" on a CPU. ValueError if no form agrees, or if
-    none of the chosen form's tiles does with as many threads as torch has now.
+    Quantised weights are decoded to `dtype`, except with compute "int4" on a CPU. For as many threads as torch has now.
+    ValueError if no form agrees.
     """
     from kernels.int4_linear import dequantize
 
@@ -80,14 +94,14 @@ def prepare_fixed_order_linear(
     if not isinstance(weight, Tensor) and compute == "int4" and weight.bits == 4:
         check_int4_fits(num_out, num_in, weight.group_size)
         form = f"int4 g{weight.group_size}"
-        tiles = _choose_tiles(num_out, num_in, dtype, device, form)
+        tiles = _choose_tiles(num_out, num_in, dtype, device, form, torch.get_num_threads())
         if tiles is None:
             raise _no_form(num_out, num_in, dtype, device)
         return FixedOrderLinear(int4_product(weight), bias, tiles, form)
     dense_NK = weight if isinstance(weight, Tensor) else dequantize(weight, dtype)
     dense_NK = dense_NK.to(device=device, dtype=dtype)
     for form in _dense_forms(dtype, device):
-        tiles = _choose_tiles(num_out, num_in, dtype, device, form)
+        tiles = _choose_tiles(num_out, num_in, dtype, device, form, torch.get_num_threads())
         if tiles is not None:
             name = f"{form} {dtype_name(dtype)}" + ("" if isinstance(weight, Tensor) else " copy")
             return FixedOrderLinear(dense_product(dense_NK, form), bias, tiles, name)
@@ -103,20 +117,6 @@ def _dense_forms(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     return ("packed", "plain") if dtype == torch.float32 else ("packed", "plain", "upcast")
 
 
-def _choose_tiles(
-    num_out: int, num_in: int, dtype: torch.dtype, device: torch.device, form: str
-) -> tuple[int, ...] | None:
-    """The tiles that give the reference's bits; None where the reference itself differs from place to place."""
-    num_threads = torch.get_num_threads()
-    tiles = _agreeing_tiles(num_out, num_in, dtype, device, form, num_threads)
-    if tiles == ():
-        raise ValueError(
-            f"deterministic: with {num_threads} threads, no tile of a weight [{num_out}, {num_in}] in {form} "
-            f"{dtype_name(dtype)} gives the bits that one thread gives; set engine.num_threads to 1"
-        )
-    return tiles
-
-
 def _no_form(num_out: int, num_in: int, dtype: torch.dtype, device: torch.device) -> ValueError:
     return ValueError(
         f"deterministic: no way to multiply a weight [{num_out}, {num_in}] in {dtype_name(dtype)} on {device} gives "
@@ -125,16 +125,24 @@ def _no_form(num_out: int, num_in: int, dtype: torch.dtype, device: torch.device
 
 
 @functools.lru_cache(maxsize=256)
-def _agreeing_tiles(
+def _choose_tiles(
     num_out: int, num_in: int, dtype: torch.dtype, device: torch.device, form: str, num_threads: int
-) -> tuple[int, ...] | None:
+) -> _Tiles | None:
+    """None where the reference itself differs from place to place.
+
+    Which form is taken must not depend on the number of threads, as actors may differ in that. With several, libraries
+    cut the sums of a narrow weight among them; one thread is then slower, and right.
+    """
     if form == "packed" and not torch.backends.mkldnn.is_available():
         return None
     check = _Check(num_out, num_in, dtype, device, form)
-    # Which form is taken must not depend on the number of threads: actors may differ in that.
     if not check.agrees(REFERENCE_TILE, num_threads=1):
         return None
-    return tuple(tile for tile in TILES if check.agrees(tile, num_threads))
+    for count in (num_threads, 1):
+        sizes = tuple(tile for tile in TILES if check.agrees(tile, count))
+        if sizes:
+            return _Tiles(sizes, on_one_thread=count < num_threads)
+    return None
 
 
 class _Check:
