@@ -281,7 +281,8 @@ class _Run:
             for linear in part_linears(self.architecture, index, part):
                 count = linear.num_out * linear.num_in
                 weights += count
-                size_bits += 16 * count if grid is None else 8 * grid.bytes_of(linear.num_out, linear.num_in)
+                plain_bytes = count * self.checkpoint.dtype.itemsize
+                size_bits += 8 * (plain_bytes if grid is None else grid.bytes_of(linear.num_out, linear.num_in))
         original = sum(_num_bytes(self.checkpoint, name) for name in self.checkpoint.names())
         result = QuantizeResult(
             settings=self.settings,
