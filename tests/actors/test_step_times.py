@@ -270,10 +270,11 @@ def make_engine(tiny_llama):
 def load(tmp_path, monkeypatch, make_engine):
     """Load step times of a tiny engine, from a cache of this test alone; and how often they were measured."""
     measured = []
+    busy = {"error": 0.0}
 
     def measure(timer, limits, budget_s):
         measured.append(limits)
-        return replace(TIMES, fit_error=len(measured) / 100)
+        return replace(TIMES, fit_error=len(measured) / 100 + busy["error"])
 
     monkeypatch.setattr(step_measurement, "measure_step_times", measure)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "engine"))
@@ -284,6 +285,7 @@ def load(tmp_path, monkeypatch, make_engine):
 
     def load(**settings):
         force = settings.pop("force", False)
+        busy["error"] = settings.pop("fit_error", 0.0)
         config = engine.config.model_copy(update=settings)
         limits = Limits(256, 8, config.max_num_seqs, 64, engine.max_model_len)
         times = load_or_measure_step_times(engine._runner, engine.decoder, architecture, config, limits, force=force)
@@ -320,6 +322,14 @@ def test_a_broken_cache_file_is_measured_anew_with_a_warning(content, load, capl
     caplog.clear()
     assert load()[1] == 2, "and written anew"
     assert not caplog.text
+
+
+def test_what_was_measured_on_a_busy_machine_is_not_kept(load, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert load(fit_error=0.2)[1] == 1
+    assert "measured again at the next start" in caplog.text
+    assert load()[1] == 2
+    assert load()[1] == 2
 
 
 def test_without_a_cache_folder_it_measures_every_time_and_says_so(load, caplog, tmp_path):
