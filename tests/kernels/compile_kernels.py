@@ -85,7 +85,7 @@ def launch_everything(recorder):
 def launch_attention(recorder, head_dim, dtype):
     device = torch.device("cpu")
     dense, int8 = new_kv_pages(64, 8, 16, head_dim, dtype, device), new_quantized_pages(64, 8, 16, head_dim, device)
-    for pages, window in ((dense, None), (dense, 128), (int8, None)):
+    for pages, window in ((dense, None), (dense, 128), (int8, None), (int8, 128)):
         recorder.label = f"{str(dtype).removeprefix('torch.')} D={head_dim} window={window} {pages[0].dtype}"
         batch = AttentionBatch([1, 1, 14], [600, 40, 600], [list(range(40))] * 3, 16, [PrefixGroup(0, 2, [0, 1])])
         paged_attention.paged_attention_triton(torch.zeros(16, 32, head_dim, dtype=dtype), *pages, batch, 0.1, window)
