@@ -25,7 +25,8 @@ from safetensors.numpy import load_file, save_file
 
 from actors.checkpoint import CheckpointError, open_checkpoint, open_filesystem
 from actors.config import EngineConfig
-from actors.decoder import Decoder, load_decoder
+from actors.decoder import Decoder, _Loader, load_decoder
+from kernels.int4_linear import QuantizedWeight, dequantize
 
 SIZES = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8}
 PROMPT = [int(token) for token in np.random.default_rng(0).integers(0, 96, 40)]
@@ -231,6 +232,26 @@ def test_layers_of_other_bits_are_noted_and_described(source: Path, tmp_path: Pa
     ]
     ways = " ".join(decoder.describe())
     assert "copy of int3" in ways and "copy of int8" in ways and "int4 g64" in ways and "beside" in ways
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_on_a_gpu_only_four_bits_stay_packed_and_the_others_are_noted(
+    source: Path, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[Any] = []
+    monkeypatch.setattr("actors.decoder.prepare_linear", lambda weight, *_, **__: prepared.append(weight))
+    config = EngineConfig(model=str(source))
+    loader = _Loader(open_checkpoint(str(source)), config, torch.device("cuda"), torch.bfloat16)
+    values = torch.randint(0, 2**bits, (16, 64), dtype=torch.uint8)
+    weight = QuantizedWeight(values, torch.rand(16, 2), 32, bits=bits)
+    loader._prepare(weight, None)
+    if bits == 4:
+        assert prepared == [weight] and loader._notes() == []
+    else:
+        assert torch.equal(prepared[0], dequantize(weight).bfloat16())
+        assert loader._notes() == [
+            f"1 x {bits}-bit weights are multiplied as a copy in bfloat16: no product takes them"
+        ]
 
 
 def test_layers_of_one_input_and_order_are_one_product_and_others_stand_side_by_side(
