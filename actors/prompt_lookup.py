@@ -25,8 +25,11 @@ answer branches, a copy is wrong as a rule, however many tokens agree. Places wi
 MAX_AGREED = 12
 """Matches are measured up to this length for their confidence."""
 
-MAX_TOKEN_ID = 0x10FFFF
-"""The largest code point. A vocabulary beyond it (none is known) is not looked up."""
+MAX_DRAFT_TOKENS = 64
+"""As many as the configuration allows."""
+
+COPIED_PER_AGREED = 4
+"""A match of one token is good for four more; if these are right, it has become a longer one."""
 
 
 CODE_POINTS = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
@@ -45,6 +48,7 @@ class PromptLookup:
         self._chances = acceptance.chances
         # A single token that agrees says little, eight nearly all.
         self._cells = acceptance.add_cells([1.0 - 0.75 / (1 + n / 2) for n in range(MAX_AGREED + 1)])
+        self._rows = [self._cells + min(n, MAX_AGREED) for n in range(MAX_AGREED + MAX_DRAFT_TOKENS + 1)]
         self._places = acceptance.add_nested_cells(
             [self._cells + agreed for agreed in range(MAX_AGREED + 1) for _ in range(NUM_PLACES)]
         )
@@ -70,27 +74,23 @@ class PromptLookup:
         start = text.rfind(text[-size:], 0, end) if end >= size else -1
         if start < 0:
             return
-        for longer in range(min(self._longest, end), size, -1):
-            found = text.rfind(text[-longer:], 0, end)
-            if found >= 0:
-                size, start = longer, found
-                break
         follow = start + size
-        copied = text[follow : follow + num_wanted]
-        agreed = size
-        if size == self._longest:
-            while agreed < MAX_AGREED and start > 0 and text[start - 1] == text[end - agreed]:
-                start -= 1
-                agreed += 1
+        agreed = _num_agreed(text, follow, size)
+        for longer in range(min(self._longest, end), agreed, -1):
+            start = text.rfind(text[-longer:], 0, end)
+            if start >= 0:
+                follow = start + longer
+                agreed = _num_agreed(text, follow, longer)
+                break
+        copied = text[follow : follow + min(num_wanted, COPIED_PER_AGREED * agreed)]
+        agreed = min(agreed, MAX_AGREED)  # the longest n-gram may be longer
         # Not the hash of a string, which differs between processes.
         place = (ord(text[end]) * 33 + ord(text[end - 1])) * 33 + ord(text[end - 2]) if end > 1 else 0
         place = self._places + agreed * NUM_PLACES + place % NUM_PLACES
         chance = self._acceptance.nested_chance(place)
         if chance * draft.survival < MIN_SURVIVAL:
             return
-        rows = range(self._cells + agreed + 1, self._cells + agreed + len(copied))
-        last = self._cells + MAX_AGREED
-        cells = [row if row < last else last for row in rows]
+        cells = self._rows[agreed + 1 : agreed + len(copied)]
         chances = self._chances
         draft.token_ids += map(ord, copied)
         draft.cells.append(place)
@@ -106,6 +106,13 @@ class PromptLookup:
             text += to_code_points(tokens[len(text) :])
             sequence.drafting[self.name] = text
         return text
+
+
+def _num_agreed(text: str, follow: int, size: int) -> int:
+    """How many characters before `follow` are those at the end of the text, `size` being known to be."""
+    while size < MAX_AGREED and follow > size and text[follow - size - 1] == text[-size - 1]:
+        size += 1
+    return size
 
 
 def to_code_points(token_ids: SequenceOf[int]) -> str:

@@ -8,7 +8,7 @@ import pytest
 
 from actors.acceptance import Acceptance
 from actors.drafting import Draft, Speculator
-from actors.prompt_lookup import PromptLookup
+from actors.prompt_lookup import COPIED_PER_AGREED, MAX_AGREED, PromptLookup
 from actors.requests import Request, SamplingParams
 from actors.sequence import Sequence
 
@@ -45,9 +45,29 @@ def test_a_draft_is_what_followed_the_latest_match_of_the_longest_ngram(
             sequence.append(rng.choice(alphabet), 0.0)
             draft = Draft()
             drafter.propose([sequence], [draft], [6])
-            assert draft.token_ids == look_up(sequence.token_ids, shortest, longest, 6)
+            expected = look_up(sequence.token_ids, shortest, longest, 6)
+            assert draft.token_ids == expected[: len(draft.token_ids)]
+            assert len(draft.token_ids) >= min(len(expected), COPIED_PER_AGREED)
             num_found += bool(draft.token_ids)
     assert num_found > 100
+
+
+def test_ngrams_longer_than_confidence_tells_apart_are_looked_up_too() -> None:
+    acceptance = Acceptance()
+    speculator = Speculator([PromptLookup(acceptance, 1, 2 * MAX_AGREED)], acceptance)
+    words = list(range(100, 100 + 2 * MAX_AGREED))
+    draft = speculator.propose([new_sequence([*words, 5, 6, 7, *words])], [3])[0]
+    assert draft.token_ids == [5, 6, 7]
+    assert speculator.failed == {}
+
+
+def test_a_single_token_that_agrees_is_followed_by_few() -> None:
+    drafter = PromptLookup(Acceptance())
+    drafts = [Draft(), Draft()]
+    drafter.propose(
+        [new_sequence([7, *range(10, 40), 7]), new_sequence([6, 7, *range(10, 40), 6, 7])], drafts, [16, 16]
+    )
+    assert [len(draft.token_ids) for draft in drafts] == [COPIED_PER_AGREED, 2 * COPIED_PER_AGREED]
 
 
 def test_a_draft_goes_on_from_where_another_one_ends_and_keeps_its_limit() -> None:
