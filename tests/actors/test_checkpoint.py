@@ -112,9 +112,9 @@ def test_a_remote_model_is_read_by_ranges_and_only_small_files_are_copied(
         return cat_file(self, path, start, end, **more)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counting)
-    monkeypatch.setattr("actors.checkpoint._RANGE_BYTES", 5000)
-    monkeypatch.setattr("actors.checkpoint._RANGES_AT_ONCE", 3)
-    monkeypatch.setattr("actors.checkpoint._FIRST_READ_BYTES", 1000)
+    monkeypatch.setattr("actors.model_directory._RANGE_BYTES", 5000)
+    monkeypatch.setattr("actors.model_directory._RANGES_AT_ONCE", 3)
+    monkeypatch.setattr("actors.safetensors_headers._FIRST_READ_BYTES", 1000)
     remote = open_checkpoint("memory://bucket/mistral")
     weight_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     assert sum(size for file, size in asked if file.endswith(".safetensors")) < weight_bytes / 10
@@ -165,7 +165,7 @@ def test_a_model_on_s3_is_read_through_the_endpoint_of_the_environment(
         filesystem.mkdir("models")
         for file in folder.iterdir():
             filesystem.pipe_file(f"models/tiny/{file.name}", file.read_bytes())
-        monkeypatch.setattr("actors.checkpoint._RANGE_BYTES", 10_000)
+        monkeypatch.setattr("actors.model_directory._RANGE_BYTES", 10_000)
         remote, local = open_checkpoint("s3://models/tiny"), open_checkpoint(str(folder))
         for name in local.names():
             assert torch.equal(remote.read(name), local.read(name))

@@ -280,7 +280,7 @@ def test_a_packed_model_is_read_from_s3_by_ranges_without_a_copy(
     for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("actors.checkpoint._RANGE_BYTES", 5000)
+    monkeypatch.setattr("actors.model_directory._RANGE_BYTES", 5000)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
