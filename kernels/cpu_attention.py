@@ -8,8 +8,8 @@ do lie at constant strides, and the partial results are merged exactly (as in Fl
   with about as many queries in one call over the range of pages that they span; for very few requests, whose calls
   would be tiny, one part per request;
 - prefix groups: one part per group, its shared pages against the queries of all its requests at once;
-- prefill: a chunk against itself (causal, one padded call per bucket of lengths), and a part per request for what it
-  has in the cache before the chunk.
+- prefill: a chunk against itself (causal, one padded call per bucket of lengths), and what it has in the cache before
+  the chunk: page by page like a decode if that is short, else one part per request.
 
 Grouped-query attention: the G = N / K query heads of a key/value head are laid side by side as query rows.
 Shape letters as in `kernels.attention_batch`; X parts, R rows of queries, L queries of a part, C keys of a part.
@@ -38,6 +38,9 @@ FEW_REQUESTS = 4
 
 FEW_PAGES = 16
 """For that, pages which do not lie together are copied together, if they are not many."""
+
+FEW_PAGES_BEFORE = 2
+"""Up to so many cached pages before a chunk of a prompt are attended to page by page."""
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -137,23 +140,26 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype, num_grouped: int) -> _Plan:
         pages = _as_slice(group.page_ids)
         contexts.append(_Context(first_rows[group.first_request], first_rows[stop], pages, len(group.page_ids) * size))
 
-    small = []
+    small: list[_Queries] = []
+    befores: list[_Queries] = []
     prefills = []
     for request, num_queries in enumerate(batch.query_lens):
         num_shared, num_context = num_shared_pages[request], batch.context_lens[request]
         own_pages = batch.page_ids[request][num_shared : -(-num_context // size)]
         if num_queries <= MAX_FEW_QUERIES:
-            small.append(_Small(first_rows[request], num_queries, num_context, num_shared * size, own_pages))
+            num_seen = num_context - num_queries - num_shared * size + 1
+            small.append(_Queries(first_rows[request], num_queries, num_seen, 1, own_pages))
             continue
         prefills.append(request)
-        num_before = num_context - num_queries
-        if num_before > num_shared * size:
-            pages = _as_slice(own_pages[: -(-num_before // size) - num_shared])
-            contexts.append(
-                _Context(first_rows[request], first_rows[request + 1], pages, num_before - num_shared * size)
-            )
+        num_before = num_context - num_queries - num_shared * size
+        pages_before = own_pages[: -(-num_before // size)]
+        if len(pages_before) > FEW_PAGES_BEFORE:
+            contexts.append(_Context(first_rows[request], first_rows[request + 1], _as_slice(pages_before), num_before))
+        elif pages_before:
+            befores.append(_Queries(first_rows[request], num_queries, num_before, 0, pages_before))
 
     parts = _plan_small(small, size, batch.num_tokens, dtype, num_grouped)
+    parts += _plan_by_pages(befores, size, batch.num_tokens, dtype, num_grouped)
     chunks = [_plan_chunks(bucket, first_rows, batch) for bucket in _buckets(prefills, batch.query_lens)]
     rows = [part.rows_XL.flatten() for part in parts]
     rows.extend(chunk.rows for chunk in chunks)
@@ -162,50 +168,53 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype, num_grouped: int) -> _Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class _Small:
-    """A request with few queries, and its own pages, whose first slot is its token `first_key`."""
+class _Queries:
+    """Consecutive query rows against pages: the first sees `num_seen` of their tokens, each further one `more_each`
+    more."""
 
     first_row: int
     num_queries: int
-    num_context: int
-    first_key: int
+    num_seen: int
+    more_each: int
     pages: Sequence[int]
 
 
+_Reader = tuple[_Queries, int]
+"""Queries, and how many tokens of their pages come before the part's."""
+
+
 def _plan_small(
-    requests: list[_Small], page_size: int, num_tokens: int, dtype: torch.dtype, num_grouped: int
+    requests: list[_Queries], page_size: int, num_tokens: int, dtype: torch.dtype, num_grouped: int
 ) -> list[_Parts]:
     if len(requests) <= FEW_REQUESTS:
         runs = [_as_slice(request.pages) for request in requests]
         if all(isinstance(run, slice) or len(run) <= FEW_PAGES for run in runs):
             return [
-                _new_parts(
-                    [(request, request.first_key)],
-                    run,
-                    num_tokens,
-                    len(request.pages) * page_size,
-                    dtype,
-                    num_grouped,
-                )
+                _new_parts([(request, 0)], run, num_tokens, len(request.pages) * page_size, dtype, num_grouped)
                 for request, run in zip(requests, runs)
             ]
-    by_length: dict[int, list[_Small]] = {}
+    return _plan_by_pages(requests, page_size, num_tokens, dtype, num_grouped)
+
+
+def _plan_by_pages(
+    requests: list[_Queries], page_size: int, num_tokens: int, dtype: torch.dtype, num_grouped: int
+) -> list[_Parts]:
+    """One part per page, in one call for requests with about as many queries."""
+    by_length: dict[int, list[_Queries]] = {}
     for request in requests:
         by_length.setdefault((request.num_queries - 1).bit_length(), []).append(request)
     return [_plan_pages(by_length[key], page_size, num_tokens, dtype, num_grouped) for key in sorted(by_length)]
 
 
 def _plan_pages(
-    requests: list[_Small], page_size: int, num_tokens: int, dtype: torch.dtype, num_grouped: int
+    requests: list[_Queries], page_size: int, num_tokens: int, dtype: torch.dtype, num_grouped: int
 ) -> _Parts:
-    """One part per page. A page with two readers cannot be read in place twice."""
-    owners: list[tuple[int, tuple[_Small, int]]] = [
-        (page, (request, request.first_key + i * page_size))
-        for request in requests
-        for i, page in enumerate(request.pages)
+    owners: list[tuple[int, _Reader]] = [
+        (page, (request, i * page_size)) for request in requests for i, page in enumerate(request.pages)
     ]
     owners.sort(key=lambda owner: owner[0])
     first, last = owners[0][0], owners[-1][0]
+    # A page with two readers cannot be read in place twice.
     pages: slice | Tensor
     if last - first + 1 <= MAX_WASTE * len(owners) and len({page for page, _ in owners}) == len(owners):
         by_page = dict(owners)
@@ -217,29 +226,24 @@ def _plan_pages(
     return _new_parts(readers, pages, num_tokens, page_size, dtype, num_grouped)
 
 
-_NOBODY = (_Small(0, 1, 0, 0, ()), 1)
+_NOBODY: _Reader = (_Queries(0, 1, 0, 0, ()), 0)
 
 
 def _new_parts(
-    readers: list[tuple[_Small, int]],
-    pages: slice | Tensor,
-    num_tokens: int,
-    num_keys: int,
-    dtype: torch.dtype,
-    num_grouped: int,
+    readers: list[_Reader], pages: slice | Tensor, num_tokens: int, num_keys: int, dtype: torch.dtype, num_grouped: int
 ) -> _Parts:
-    """`readers` are (request, position of the part's first key). Queries are padded by repeating the last one. What
-    a query may see nothing of is computed without a mask and goes to row T."""
-    first_row_X, num_queries_X, num_context_X, first_key_X = torch.tensor(
-        [(request.first_row, request.num_queries, request.num_context, key) for request, key in readers]
+    """Queries are padded by repeating the last one. What a query may see nothing of is computed without a mask and
+    goes to row T."""
+    first_row_X, num_queries_X, num_seen_X, more_each_X = torch.tensor(
+        [(q.first_row, q.num_queries, q.num_seen - num_before, q.more_each) for q, num_before in readers]
     ).unbind(1)
-    offsets_XL = torch.minimum(torch.arange(int(num_queries_X.max())), num_queries_X[:, None] - 1)
+    steps_L = torch.arange(int(num_queries_X.max()))
+    offsets_XL = torch.minimum(steps_L, num_queries_X[:, None] - 1)
     query_rows_XL = first_row_X[:, None] + offsets_XL
-    # How many of the part's keys a query sees: those up to itself.
-    num_seen_XL = (num_context_X - num_queries_X - first_key_X)[:, None] + offsets_XL + 1
-    is_padding_XL = torch.arange(offsets_XL.shape[1]) >= num_queries_X[:, None]
-    rows_XL = query_rows_XL.masked_fill(is_padding_XL | (num_seen_XL <= 0), num_tokens)
-    hidden_XLC = (torch.arange(num_keys) >= num_seen_XL[:, :, None]) & (num_seen_XL > 0)[:, :, None]
+    num_seen_XL = num_seen_X[:, None] + more_each_X[:, None] * offsets_XL
+    sees_nothing_XL = num_seen_XL <= 0
+    rows_XL = query_rows_XL.masked_fill(sees_nothing_XL | (steps_L >= num_queries_X[:, None]), num_tokens)
+    hidden_XLC = (torch.arange(num_keys) >= num_seen_XL[:, :, None]) & ~sees_nothing_XL[:, :, None]
     mask_XLC = torch.zeros(hidden_XLC.shape, dtype=dtype).masked_fill_(hidden_XLC, float("-inf"))
     return _Parts(query_rows_XL, rows_XL, pages, mask_XLC.repeat_interleave(num_grouped, 1)[:, None])
 
