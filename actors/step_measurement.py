@@ -77,6 +77,7 @@ class StepShape:
 
     num_known: tokens of each that it computes. num_drafts: draft tokens of each that it verifies, if any.
     num_before: tokens of each that were computed before. is_drawn: tokens are drawn with noise.
+    is_first: no step before had as many tokens.
     """
 
     num_requests: int
@@ -84,6 +85,7 @@ class StepShape:
     num_before: int = 0
     num_drafts: int = 0
     is_drawn: bool = False
+    is_first: bool = False
 
     @property
     def num_context(self) -> int:
@@ -104,6 +106,7 @@ class StepShape:
             num_read=self.num_requests * self.num_context,
             num_drawn=num_rows if self.is_drawn else 0,
             num_chunks=self.num_requests if self.num_before and self.num_known + self.num_drafts > 1 else 0,
+            is_first=self.is_first,
             seconds=seconds,
         )
 
@@ -180,9 +183,9 @@ def measure_step_times(time_step: Callable[[StepShape], float], limits: Limits, 
             if shape in measured or may_be_left_out or not _fits(shape, limits):
                 continue
             seconds = measure(shape)
-            for _ in range(min(2, int(SLOW_STEP_S / 2 / seconds))):
+            for _ in range(0 if shape.is_first else min(2, int(SLOW_STEP_S / 2 / seconds))):
                 measure(shape)
-    for shape in list(measured) * NUM_MORE_ROUNDS:
+    for shape in [shape for shape in measured if not shape.is_first] * NUM_MORE_ROUNDS:
         if spent_s + measured[shape] < budget_s and time.perf_counter() < stop_at:
             measure(shape)
     return fit_step_times([shape.measured(seconds) for shape, seconds in measured.items()])
@@ -209,6 +212,7 @@ def shapes_to_measure(limits: Limits) -> list[list[StepShape]]:
             StepShape(4, 1, long),
             StepShape(4, 1, long, 3),
             StepShape(1, 256, long - 256) if long > 256 else StepShape(1, long // 2, long // 2),
+            *(StepShape(num, 39 * num, is_first=True) for num in (1, 2, 3, 4, 5)),
             StepShape(16, 1, short, is_drawn=True),
             StepShape(16, 1, long),
         ],

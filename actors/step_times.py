@@ -25,8 +25,8 @@ WORTHWHILE_GAIN = 0.03
 FEW_REQUESTS = 4
 """A CPU attends for up to so many sequences one by one, for more together."""
 
-PROMPT_TOKENS = 256
-"""Tokens of one prompt in the prefill steps that are measured, and that the best number of tokens is chosen for."""
+PROMPT_TOKENS = 200
+"""Tokens of a prompt in the prefill steps that are measured, at most, and that the best number of tokens is for."""
 
 HALF_LIFE_STEPS = 50
 """After so many steps an observation weighs half, in `StepTimesTracker`."""
@@ -34,7 +34,10 @@ HALF_LIFE_STEPS = 50
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """What was in a step, in the words of `StepTimes.seconds`, and the seconds that it took."""
+    """What was in a step, in the words of `StepTimes.seconds`, and the seconds that it took.
+
+    is_first: no step before had this number of tokens.
+    """
 
     num_tokens: int
     num_requests: int
@@ -42,6 +45,7 @@ class MeasuredStep:
     num_read: int
     num_drawn: int
     num_chunks: int
+    is_first: bool
     seconds: float
 
 
@@ -53,6 +57,7 @@ class StepTimes:
     per_request_s, per_chunk_s, per_row_s, per_drawn_s, per_read_s: for one more of what `seconds` names.
     per_pair_s: for one more pair of a query token and a token that it reads.
     per_few_s: for one more of the first sequences, up to FEW_REQUESTS, which cost more than later ones.
+    prompt_s: once per step with prompt tokens, whose number is seldom the same twice: oneDNN prepares for each new one.
     fit_error: the relative error of the median measured step.
     """
 
@@ -65,6 +70,7 @@ class StepTimes:
     per_read_s: float = 0.0
     per_pair_s: float = 0.0
     per_few_s: float = 0.0
+    prompt_s: float = 0.0
     fit_error: float = 0.0
     _table: NDArray[np.float64] = field(init=False, repr=False, compare=False)
 
@@ -106,6 +112,8 @@ class StepTimes:
             if num_chunks is None:
                 num_chunks = np.minimum(num_requests, num_tokens - num_requests)
             seconds = seconds + self.per_chunk_s * num_chunks
+        if self.prompt_s:  # of decodes and drafts, every token has its row of logits
+            seconds = seconds + self.prompt_s * (num_logit_rows < num_tokens)
         return seconds
 
     @property
@@ -142,8 +150,8 @@ class StepTimes:
         """One line for a person."""
         shown = [n for n in (1, 16, 64, 256, 1024, 4096) if n <= self.curve_tokens[-1]]
         curve = ", ".join(
-            f"{_duration(float(self.seconds(n, 1, 1, 0, num_chunks=0)))} for {n}" + (" token" if n == 1 else "")
-            for n in shown
+            f"{_duration(float(s))} for {n}" + (" token" if n == 1 else "")
+            for n, s in zip(shown, self._curve(np.array(shown)))
         )
         others = {
             "request": self.per_request_s,
@@ -151,6 +159,7 @@ class StepTimes:
             "row of logits": self.per_row_s,
             "row drawn": self.per_drawn_s,
             "1,000 tokens read": 1000 * self.attention_s_per_read,
+            "step with prompts": self.prompt_s,
         }
         terms = ", ".join(f"{_duration(s)} per {name}" for name, s in others.items() if s > 0)
         return f"a step takes {curve}; and {terms} (fitted to measured steps, median error {self.fit_error:.0%})"
@@ -215,11 +224,13 @@ class StepTimesTracker:
 
 
 def fit_step_times(steps: Sequence[MeasuredStep]) -> StepTimes:
-    """The StepTimes whose relative errors on measured steps are smallest; a knot at every measured number of tokens.
+    """The StepTimes whose relative errors on measured steps are smallest.
+
+    A knot of the curve at every number of tokens of a step that was not the first of its kind.
 
     No term may be negative, so that the curve rises and no step is expected to be faster for doing more.
     """
-    knots = np.array(sorted({step.num_tokens for step in steps}))
+    knots = np.array(sorted({step.num_tokens for step in steps if not step.is_first}))
     columns = _columns(steps, knots)
     seconds = np.array([step.seconds for step in steps])
     weights = 1 / seconds
@@ -250,6 +261,7 @@ def _columns(steps: Sequence[MeasuredStep], knots: NDArray[Any]) -> NDArray[np.f
             s.num_read,
             s.num_read * s.num_tokens / s.num_requests,
             min(s.num_requests, FEW_REQUESTS),
+            s.is_first,
         )
         for s in steps
     ]  # in the order of StepTimes' fields
