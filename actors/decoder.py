@@ -175,7 +175,7 @@ class Decoder:
         if layer.q_norm_D is not None and layer.k_norm_D is not None:
             q_TND = rms_norm(q_TND, layer.q_norm_D, self._eps)
             k_TKD = rms_norm(k_TKD, layer.k_norm_D, self._eps)
-        rope(q_TND, k_TKD, positions_T, self._cos_LR, self._sin_LR)
+        rope(q_TND, k_TKD, positions_T, self._cos_LR, self._sin_LR, batch.cache)
         k_pages, v_pages = pages
         write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
         attended_TND = paged_attention(q_TND, k_pages, v_pages, batch, self._scale, layer.window, self._deterministic)

@@ -9,7 +9,7 @@ Shape letters as in kernels/attention_batch.py; F twice the feed-forward width, 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,22 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
     return add_norm(x_TH, residual_TH, weight_H, eps)
 
 
-def rope(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:
-    """Rotate the first 2R dimensions of q and k in place; float32 tables indexed by position."""
-    version = kernels.rope
-    rotate = version.rope_triton if is_cuda("rope", q_TND) else version.rope_cpu
-    rotate(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
+def rope(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    positions_T: Tensor,
+    cos_LR: Tensor,
+    sin_LR: Tensor,
+    cache: dict[Any, Any] | None = None,
+) -> None:
+    """Rotate the first 2R dimensions of q and k in place; float32 tables indexed by position.
+
+    cache: of the step (`AttentionBatch.cache`), for what all layers look up alike; it must not outlive the positions.
+    """
+    if is_cuda("rope", q_TND):
+        kernels.rope.rope_triton(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
+    else:
+        kernels.rope.rope_cpu(q_TND, k_TKD, positions_T, cos_LR, sin_LR, cache)
 
 
 def silu_mul(gate_up_TF: Tensor, deterministic: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ Shape letters as in kernels/attention_batch.py; L positions of the tables, R the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -125,17 +125,28 @@ def check_rope(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor
         raise ValueError(f"rope: inputs are on {sorted(map(str, devices))}; they must be on one device")
 
 
-def rope_cpu(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:
-    """Rotate q and k in place, in torch."""
+def rope_cpu(
+    q_TND: Tensor,
+    k_TKD: Tensor,
+    positions_T: Tensor,
+    cos_LR: Tensor,
+    sin_LR: Tensor,
+    cache: dict[Any, Any] | None = None,
+) -> None:
+    """Rotate q and k in place, in torch. `cache` keeps the tables' rows for the next layer of the same step."""
     check_rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
+    rows = None if cache is None else cache.get("rope_cpu")
+    if rows is None:
+        cos_TR, sin_TR = cos_LR[positions_T], sin_LR[positions_T]
+        rows = cos_TR[:, None, None], torch.stack((-sin_TR, sin_TR), 1)[:, None]
+        if cache is not None:
+            cache["rope_cpu"] = rows
+    cos_T11R, sin_T12R = rows
     half = cos_LR.shape[1]
-    cos_T1R, sin_T1R = cos_LR[positions_T].unsqueeze(1), sin_LR[positions_T].unsqueeze(1)
     for x in _side_by_side(q_TND, k_TKD):
-        a, b = x[..., :half].float(), x[..., half : 2 * half].float()
-        rotated_a = (a * cos_T1R).addcmul_(b, sin_T1R, value=-1)
-        rotated_b = (b * cos_T1R).addcmul_(a, sin_T1R)
-        x[..., :half] = rotated_a
-        x[..., half : 2 * half] = rotated_b
+        x_TN2R = x[..., : 2 * half].unflatten(-1, (2, half))
+        x32_TN2R = x_TN2R.float()
+        x_TN2R.copy_((x32_TN2R * cos_T11R).addcmul_(x32_TN2R.flip(2), sin_T12R))
 
 
 def _side_by_side(q_TND: Tensor, k_TKD: Tensor) -> tuple[Tensor, ...]:
