@@ -88,7 +88,10 @@ class EngineConfig(BaseModel):
     kv_cache_bytes: Annotated[int | None, Field(ge=1)] = None
     gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
     max_num_seqs: Annotated[int, Field(ge=1, description="requests in one step")] = 256
-    max_num_batched_tokens: Annotated[int, Field(ge=1, description="tokens in one step")] = 4096
+    max_num_batched_tokens: Annotated[
+        int | None,
+        Field(ge=1, description="tokens in one step; default: as many as raise tokens per second, at most 4096"),
+    ] = None
     enable_prefix_caching: bool = True
     enable_prefix_groups: Annotated[bool, Field(description="attend pages shared within a step once")] = True
     num_threads: Annotated[int | None, Field(ge=1, description="CPU threads of torch; default: torch's own")] = None

@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 CPU_KV_SHARE = 0.25
 """Share of the free memory that KV pages take on a CPU unless told otherwise, and at most 4 GiB."""
 
+MAX_NUM_BATCHED_TOKENS = 4096
+"""Tokens in one step unless told otherwise; fewer where more bring nothing by the measured step times."""
+
 
 @dataclass(slots=True)
 class EngineStats:
@@ -98,20 +101,22 @@ class Engine:
                 f"{self.max_model_len} tokens, fewer than the model's {self.decoder.max_model_len}; "
                 "raise engine.kv_cache_bytes for longer ones"
             )
-        self.scheduler = Scheduler(
-            num_pages,
-            config.page_size,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            config.enable_prefix_caching,
-        )
         self._runner = Runner(self.decoder, num_pages, config.page_size, config.enable_prefix_groups)
+        most_tokens = config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
         self._times = load_or_measure_step_times(
             self._runner,
             self.decoder,
             checkpoint.architecture,
             config,
-            Limits(num_pages, config.page_size, config.max_num_seqs, config.max_num_batched_tokens, self.max_model_len),
+            Limits(num_pages, config.page_size, config.max_num_seqs, most_tokens, self.max_model_len),
+        )
+        self.notes.append(self._times.describe())
+        self.scheduler = Scheduler(
+            num_pages,
+            config.page_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens or self._times.best_num_batched_tokens(most_tokens),
+            config.enable_prefix_caching,
         )
         self.speculation = self._new_speculation(num_pages)
         self.stats = EngineStats()

@@ -211,4 +211,4 @@ def _weigh(batch: AttentionBatch, times: StepTimes) -> list[float]:
         shared = len(group.page_ids) * batch.page_size
         for request in range(group.first_request, group.first_request + group.num_requests):
             num_read[request] -= shared - shared / group.num_requests
-    return [times.weigh(count, read) for count, read in zip(batch.query_lens, num_read)]
+    return times.weigh_step(batch.query_lens, num_read)

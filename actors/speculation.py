@@ -191,14 +191,21 @@ class Speculation:
         survivals, owners = _sort_by_survival(drafts)
         num_drafts = np.arange(min(len(survivals), room) + 1)
         num_rows, num_read = num_wanting + num_drafts, reads.num_read(plan)
+        num_chunks = sum(count > 1 and s.num_computed > 0 for s, count in zip(plan.sequences, plan.num_tokens))
+        num_drafted = sum(bool(draft.token_ids) for draft in drafts)
         seconds = self._times.seconds(
-            num_known + num_drafts, len(plan.sequences), num_rows, num_read, share_drawn * num_rows
+            num_known + num_drafts,
+            len(plan.sequences),
+            num_rows,
+            num_read,
+            share_drawn * num_rows,
+            num_chunks + np.minimum(num_drafts, num_drafted),
         )
         # Prompts in the step are work that has to be done anyway: what counts is decoding without them.
         alone_s = float(seconds[0])
         if num_known > num_wanting:
             alone_s = float(
-                self._times.seconds(num_wanting, num_wanting, num_wanting, num_read, share_drawn * num_wanting)
+                self._times.seconds(num_wanting, num_wanting, num_wanting, num_read, share_drawn * num_wanting, 0)
             )
         best = len(num_drafts) - 1
         if self._must_pay:

@@ -126,13 +126,9 @@ class StepTimes:
         """Seconds for one token of keys and values that is read."""
         return self.per_read_s + self.per_pair_s
 
-    def weigh(self, num_tokens: int, num_read: float) -> float:
-        """The expected cost of a sequence that computes `num_tokens` and reads `num_read` tokens of context."""
-        return num_tokens * self.linear_s_per_token + num_read * self.attention_s_per_read
-
     def weigh_step(self, num_tokens: Sequence[int], num_read: Sequence[float]) -> list[float]:
         """What each sequence of a step bears of its time: what reading the weights and multiplying takes by its tokens,
-        attention by what it reads. `weigh` supposes a large step, where a token costs less and so reading more."""
+        attention by what it reads."""
         total = sum(num_tokens)
         token_s = float(self.seconds(total, len(num_tokens), len(num_tokens), 0, num_chunks=0)) / total
         read_s = self.attention_s_per_read

@@ -139,11 +139,6 @@ def test_each_term_is_counted_once():
     )
 
 
-def test_a_sequence_bears_its_tokens_and_what_it_reads():
-    assert TIMES.weigh(1, 0) > 0
-    assert TIMES.weigh(10, 500) == pytest.approx(10 * 0.01 / 64 + 500 * 1.1e-7)
-
-
 def test_the_weights_of_a_step_sum_to_what_it_takes():
     # Decodes, so that all terms are linear in the sequences.
     weights = TIMES.weigh_step([1, 1, 1, 1, 1], [10, 20, 30, 40, 500])
