@@ -148,6 +148,11 @@ class Engine:
             if sequence not in row.done:
                 self.scheduler.finish(sequence)
 
+    def sequences_of(self, request_id: str) -> SequenceOf[Sequence]:
+        """A live request's sequences, for reading what they have so far; none when it is not in the engine any more."""
+        row = self._rows.get(request_id)
+        return () if row is None else row.sequences
+
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do or to return."""
         return bool(self._rows or self._refused)
