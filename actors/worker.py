@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.requests import Completion, DrafterStats, EngineError, Request
+from actors.step_times import StepTimes
 from kernels.cpu_linear import dtype_name
 
 T = TypeVar("T")
@@ -125,6 +126,10 @@ class EngineWorker:
             dtype=dtype_name(engine.dtype),
             notes=(*engine.notes, *engine.decoder.describe()),
         )
+
+    def step_times(self) -> StepTimes:
+        """What the engine expects its steps to take."""
+        return self.engine.step_times
 
     def export_corpus_index(self) -> bytes | None:
         """What the engine's drafters know of the answers so far, None where they keep no index; EngineError when the

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Protocol
 
 from actors.requests import Completion, EngineError, Request, RowError
+from actors.step_times import StepTimes
 from pipeline.drafts import DraftCounts, sum_drafts
 
 GIVE_UP_AFTER = 5
@@ -27,6 +28,8 @@ class Worker(Protocol):
     async def generate(self, requests: list[Request]) -> list[Completion]: ...
 
     def stats(self) -> Any: ...
+
+    def step_times(self) -> StepTimes | None: ...
 
     def export_corpus_index(self) -> bytes | None: ...
 

@@ -149,7 +149,7 @@ class ShardPlan:
     num_duplicate_rows: int
     prompt_tokens: int
     achievable_prefix_tokens: int
-    _rows: list[_Row]
+    _rows: list[PackedRow]
     _shared: IntArray
     _borders: list[int]
 
@@ -178,13 +178,9 @@ def plan_shard(job: Job, shard: Shard, tokenizer: Any) -> ShardPlan:
 
     job: resolved, so that prompts which are too long are found here. tokenizer: a transformers tokenizer.
     """
-    rows = [
-        _pack_row(job, shard, index, rendered) for index, rendered in enumerate(_render_rows(job, shard, tokenizer))
-    ]
+    rows = [pack_row(job, shard, index, rendered) for index, rendered in enumerate(_render_rows(job, shard, tokenizer))]
     num_rows = len(rows)
-    rows = fold_duplicates(rows)
-    rows.sort(key=lambda row: (row.order, row.row_index))
-    shared = shared_prefix_lengths([row.token_ids for row in rows])
+    rows, shared = order_rows(rows)
     computed = np.array([len(row.token_ids) for row in rows], np.int64) - shared
     borders = cut_at_borders(computed, shared, job.plan.slice_tokens, job.plan.max_rows_per_slice)
     return ShardPlan(
@@ -201,8 +197,15 @@ def plan_shard(job: Job, shard: Shard, tokenizer: Any) -> ShardPlan:
     )
 
 
+def order_rows(rows: Sequence[PackedRow]) -> tuple[list[PackedRow], IntArray]:
+    """Fold duplicates and sort by token ids; returns the rows to compute, and their `shared_prefix_lengths`."""
+    kept = fold_duplicates(rows)
+    kept.sort(key=lambda row: (row.order, row.row_index))
+    return kept, shared_prefix_lengths([row.token_ids for row in kept])
+
+
 @dataclass(slots=True)
-class _Row:
+class PackedRow:
     """A row while it is planned; `order` sorts as the token ids do, and bytes compare much faster than lists."""
 
     row_index: int
@@ -220,10 +223,10 @@ class _Row:
         )
 
 
-def fold_duplicates(rows: Sequence[_Row]) -> list[_Row]:
+def fold_duplicates(rows: Sequence[PackedRow]) -> list[PackedRow]:
     """Keep the first of all rows that are bound to get the same answer, and hang the others on it."""
-    kept: list[_Row] = []
-    first: dict[Hashable, _Row] = {}
+    kept: list[PackedRow] = []
+    first: dict[Hashable, PackedRow] = {}
     for row in rows:
         if row.fold_key is None:
             kept.append(row)
@@ -296,7 +299,8 @@ def _read_batches(shard: Shard, columns: list[str]) -> Iterator[pa.RecordBatch]:
             yield batch
 
 
-def _pack_row(job: Job, shard: Shard, index: int, rendered: RenderedRow) -> _Row:
+def pack_row(job: Job, shard: Shard, index: int, rendered: RenderedRow) -> PackedRow:
+    """A rendered row with its seed, and what it can be folded and sorted by; `index` counts the shard's rows."""
     token_ids = np.asarray(rendered.token_ids, np.int32)
     own_seed = rendered.overrides is not None and "seed" in json.loads(rendered.overrides)
     if own_seed:
@@ -305,7 +309,7 @@ def _pack_row(job: Job, shard: Shard, index: int, rendered: RenderedRow) -> _Row
         seed = derive_seed(job.sampling.seed, rendered.id)
     else:
         seed = derive_seed(job.sampling.seed, shard.name, index)
-    return _Row(
+    return PackedRow(
         row_index=index,
         token_ids=token_ids,
         order=token_ids.astype(">u4").tobytes(),
@@ -323,7 +327,7 @@ def _fold_key(sampling: SamplingParams, own_seed: bool) -> Hashable | None:
     return sampling if own_seed else None
 
 
-def _identify_plan(shard: Shard, rows: Sequence[_Row], borders: Sequence[int]) -> str:
+def _identify_plan(shard: Shard, rows: Sequence[PackedRow], borders: Sequence[int]) -> str:
     digest = hashlib.blake2b(f"{shard.name}\x1f{shard.etag}\x1f{list(borders)}".encode(), digest_size=8)
     for row in rows:
         digest.update(repr((row.row_index, row.duplicates, row.overrides, row.seed, row.error)).encode())

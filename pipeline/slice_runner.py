@@ -179,7 +179,7 @@ class SliceRunner:
         config = self._spec.job.engine
         if config.num_threads is None:
             # Ray sets OMP_NUM_THREADS to the CPUs that an actor reserves; on a CPU the engine is to have the machine.
-            config = config.model_copy(update={"num_threads": _threads_per_actor(self._spec.job)})
+            config = config.model_copy(update={"num_threads": threads_per_actor(self._spec.job)})
         if self._spec.new_worker is not None:
             worker = self._spec.new_worker(config)
         else:
@@ -261,7 +261,8 @@ def _device_name(device: str) -> str:
     return str(torch.cuda.get_device_name(device))
 
 
-def _threads_per_actor(job: Job) -> int:
+def threads_per_actor(job: Job) -> int:
+    """Threads for an engine on a CPU of this machine, if the pool's actors were all here that fit."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     num_actors = max_actors(job)
     fit_here = int(cpus // job.pool.num_cpus) if job.pool.num_cpus else num_actors

@@ -106,6 +106,9 @@ class FakeWorker:
     def stats(self) -> FakeStats:
         return FakeStats(**{name: getattr(self.stats_, name) for name in FakeStats.__slots__})
 
+    def step_times(self) -> None:
+        """It takes no steps."""
+
     def export_corpus_index(self) -> bytes | None:
         """The fake index: a word that says what it is, and the words of all answered prompts."""
         if not self.settings.drafts:
