@@ -7,18 +7,19 @@ stops the engine. Imports no Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from actors.config import EngineConfig
 from actors.engine import Engine
-from actors.requests import Completion, DrafterStats, EngineError, Request
+from actors.requests import Completion, DrafterStats, EngineError, FinishReason, Request, TokenLogprob
 from actors.step_times import StepTimes
 from kernels.cpu_linear import dtype_name
 
@@ -51,16 +52,53 @@ class WorkerStats:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """How full an engine is right now; pages in use are those that no other request could have."""
+
+    num_running: int
+    num_waiting: int
+    num_pages_in_use: int
+    num_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokensEvent:
+    """New tokens of one of a request's outputs; `finish_reason` and the output's whole `text` come with its last."""
+
+    index: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None
+    text: str | None = None
+
+
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One `generate`: where its completions go, and those that are there. Callers may use an id twice at the same
-    time, the engine may not; so in the engine each request goes by a number of the worker's own."""
+    """One `generate` or `stream`: where its completions go, and those that are there. Callers may use an id twice at
+    the same time, the engine may not; so in the engine each request goes by a number of the worker's own.
+
+    A stream has `events` and one request; its future is only there to be cancelled."""
 
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[list[Completion]]
     requests: list[Request]
     own_ids: list[str] = field(default_factory=list)
     completions: dict[str, Completion] = field(default_factory=dict)
+    events: asyncio.Queue[TokensEvent | Completion | EngineError] | None = None
+    num_sent: list[int] = field(default_factory=list)  # of a stream: tokens of each output
+
+    def settle(self, result: list[Completion] | None, error: EngineError | None) -> None:
+        """Hand over the end, in the caller's event loop."""
+        if self.events is not None:
+            self.events.put_nowait(error or (result or [])[0])
+        elif self.future.done():
+            return
+        elif error is not None:
+            self.future.set_exception(error)
+        else:
+            assert result is not None
+            self.future.set_result(result)
 
 
 @dataclass(slots=True, eq=False)
@@ -95,11 +133,38 @@ class EngineWorker:
             return []
         loop = asyncio.get_running_loop()
         call = _Call(loop, loop.create_future(), requests)
-        with self._wake:
-            self._refuse_if_gone()
-            self._arrivals.append(call)
-            self._wake.notify()
+        self._submit(call)
         return await call.future
+
+    async def stream(self, request: Request) -> AsyncGenerator[TokensEvent | Completion, None]:
+        """The tokens of one request after each step, and its Completion last. EngineError when the engine is broken;
+        closing the generator early drops the request. A slow reader holds nothing up."""
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[TokensEvent | Completion | EngineError] = asyncio.Queue()
+        call = _Call(loop, loop.create_future(), [request], events=events, num_sent=[0] * request.sampling.n)
+        self._submit(call)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, EngineError):
+                    raise event
+                yield event
+                if isinstance(event, Completion):
+                    return
+        finally:
+            call.future.cancel()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the engine is gone; None while it works."""
+        return self._failure
+
+    def load(self) -> WorkerLoad:
+        """A snapshot, callable from any thread."""
+        scheduler = self.engine.scheduler
+        num_pages = scheduler.pool.num_pages
+        in_use = num_pages - scheduler.tree.num_available
+        return WorkerLoad(len(scheduler.running), len(scheduler.waiting), in_use, num_pages)
 
     def stats(self) -> WorkerStats:
         """A consistent enough snapshot, callable from any thread."""
@@ -148,6 +213,12 @@ class EngineWorker:
             self._wake.notify()
         self._thread.join()
 
+    def _submit(self, call: _Call) -> None:
+        with self._wake:
+            self._refuse_if_gone()
+            self._arrivals.append(call)
+            self._wake.notify()
+
     def _refuse_if_gone(self) -> None:
         if self._failure is not None or self._is_closing:
             raise EngineError(f"the engine is gone: {self._failure or 'closed'}; make a new worker")
@@ -167,6 +238,7 @@ class EngineWorker:
                 self._obey()
                 for completion in self.engine.step():
                     self._deliver(completion)
+                self._send_events()
                 self._drop_cancelled()
         except BaseException as error:
             self._fail(error)
@@ -186,6 +258,8 @@ class EngineWorker:
                 self._arrivals = arrivals
                 return False
         for call in arrivals:
+            if call.future.cancelled():
+                continue
             self._calls.add(call)
             for request in call.requests:
                 own_id = str(next(self._ids))
@@ -217,7 +291,31 @@ class EngineWorker:
         ordered = [call.completions[own_id] for own_id in call.own_ids]
         for request, done in zip(call.requests, ordered):
             done.request_id = request.request_id
-        call.loop.call_soon_threadsafe(_settle, call.future, ordered, None)
+        if call.events is not None:
+            _tell(call.loop, _put_all, [(call, event) for event in _last_events(call, ordered[0])])
+        _tell(call.loop, call.settle, ordered, None)
+
+    def _send_events(self) -> None:
+        """Tell streams what the step has added to their outputs: one call per event loop, however many streams."""
+        news: dict[asyncio.AbstractEventLoop, list[tuple[_Call, TokensEvent]]] = {}
+        for call in self._calls:
+            if call.events is None:
+                continue
+            for sequence in self.engine.sequences_of(call.own_ids[0]):
+                start, end = call.num_sent[sequence.index], sequence.num_generated
+                if start == end or sequence.finish_reason == "error":
+                    continue
+                event = TokensEvent(
+                    sequence.index,
+                    sequence.token_ids[sequence.num_prompt + start :],
+                    None if sequence.logprobs is None else sequence.logprobs[start:],
+                    sequence.finish_reason,
+                    None if sequence.finish_reason is None else sequence.text,
+                )
+                call.num_sent[sequence.index] = end
+                news.setdefault(call.loop, []).append((call, event))
+        for loop, events in news.items():
+            _tell(loop, _put_all, events)
 
     def _drop_cancelled(self) -> None:
         for call in [call for call in self._calls if call.future.cancelled()]:
@@ -236,16 +334,31 @@ class EngineWorker:
         for call in open_calls:
             failure = EngineError(f"the engine broke: {type(error).__name__}: {error}")
             failure.__cause__ = error
-            call.loop.call_soon_threadsafe(_settle, call.future, None, failure)
+            _tell(call.loop, call.settle, None, failure)
 
 
-def _settle(
-    future: asyncio.Future[list[Completion]], result: list[Completion] | None, error: EngineError | None
-) -> None:
-    if future.done():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        assert result is not None
-        future.set_result(result)
+def _last_events(call: _Call, completion: Completion) -> list[TokensEvent]:
+    """What a stream has not heard of yet of the outputs that are complete now."""
+    return [
+        TokensEvent(
+            output.index,
+            output.token_ids[start:],
+            None if output.logprobs is None else output.logprobs[start:],
+            output.finish_reason,
+            output.text,
+        )
+        for output, start in zip(completion.outputs, call.num_sent)
+        if start < len(output.token_ids)
+    ]
+
+
+def _put_all(events: list[tuple[_Call, TokensEvent]]) -> None:
+    for call, event in events:
+        assert call.events is not None
+        call.events.put_nowait(event)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, act: Callable[..., None], *data: Any) -> None:
+    """Call in the caller's event loop. One that was closed meanwhile has nobody left who waits."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(act, *data)

@@ -1,13 +1,15 @@
 """The worker: an engine in its own thread behind an asyncio interface."""
 
 import asyncio
+import contextlib
 import threading
 from dataclasses import replace
 
 import pytest
 
 from actors.config import EngineConfig
-from actors.requests import EngineError, Request, SamplingParams
+from actors.requests import Completion, EngineError, Request, SamplingParams
+from actors.streamed_text import Detokenizer, StreamedText
 from actors.worker import EngineWorker
 
 
@@ -137,3 +139,102 @@ def test_an_index_that_cannot_be_read_fails_its_caller_and_no_row(worker, monkey
     with pytest.raises(ValueError, match="broken index"):
         worker.export_corpus_index()
     assert len(asyncio.run(worker.generate(requests_of(2)))) == 2
+
+
+async def listen(worker, request):
+    """All events of a stream, by output, and its Completion."""
+    by_output = [[] for _ in range(request.sampling.n)]
+    async for event in worker.stream(request):
+        if isinstance(event, Completion):
+            return by_output, event
+        by_output[event.index].append(event)
+    raise AssertionError("a stream ends with its Completion")
+
+
+def streaming_requests():
+    for i, sampling in enumerate(
+        [
+            SamplingParams(max_tokens=40, ignore_eos=True),
+            SamplingParams(max_tokens=40, temperature=1.0, n=3, logprobs=2),
+            SamplingParams(max_tokens=60, temperature=1.0, n=2, stop=("a", "b!", "c")),
+            SamplingParams(max_tokens=60, temperature=1.0, stop=("a", "e"), min_tokens=50, stop_token_ids=(70, 71)),
+            SamplingParams(max_tokens=1),
+        ]
+    ):
+        yield Request("same", [1, 5 + i, 9], sampling, seed=i)
+
+
+def test_a_stream_has_the_tokens_and_the_text_of_a_call_without(worker):
+    requests = list(streaming_requests())
+
+    async def run():
+        streams = asyncio.gather(*(listen(worker, request) for request in requests))
+        return await streams, await worker.generate(requests)
+
+    streams, whole = asyncio.run(run())
+    detokenizer = Detokenizer(worker.engine.tokenizer)
+    for request, (by_output, completion), expected in zip(requests, streams, whole):
+        assert completion.request_id == "same" and completion.usage.completion_tokens
+        for events, output, own in zip(by_output, expected.outputs, completion.outputs, strict=True):
+            assert [token for event in events for token in event.token_ids] == output.token_ids == own.token_ids
+            if output.logprobs is not None:
+                heard = [logprob for event in events for logprob in event.logprobs]
+                assert [one.token_id for one in heard] == output.token_ids
+            *early, last = events
+            assert [event.finish_reason for event in early] == [None] * len(early)
+            assert (last.finish_reason, last.text) == (output.finish_reason, output.text)
+            streamed = StreamedText(detokenizer, request.sampling.stop)
+            pieces = [streamed.add(event.token_ids) for event in early]
+            assert "".join(pieces) + streamed.finish(last.text) == output.text
+
+
+def test_tokens_come_while_the_rest_is_computed(worker):
+    async def run():
+        first = worker.stats().num_steps
+        async with contextlib.aclosing(worker.stream(requests_of(1, max_tokens=200)[0])) as events:
+            event = await anext(events)
+            return len(event.token_ids), worker.stats().num_steps - first
+
+    num_tokens, num_steps = asyncio.run(run())
+    assert num_tokens < 50 and num_steps < 150
+
+
+def test_a_stream_that_is_left_gives_its_pages_back(worker):
+    async def run():
+        async with contextlib.aclosing(worker.stream(requests_of(1, max_tokens=200)[0])) as events:
+            await anext(events)
+        await worker.generate(requests_of(1))
+        await asyncio.sleep(0.2)
+
+    asyncio.run(run())
+    assert worker.load().num_running == worker.load().num_waiting == worker.load().num_pages_in_use == 0
+
+
+def test_an_event_loop_that_is_gone_breaks_no_engine(worker):
+    loop = asyncio.new_event_loop()
+    events = worker.stream(requests_of(1, max_tokens=200)[0])
+    loop.run_until_complete(anext(events))
+    loop.close()
+    assert len(asyncio.run(worker.generate(requests_of(2)))) == 2
+    assert worker.failure is None
+
+
+def test_a_request_that_is_refused_streams_its_error(worker):
+    by_output, completion = asyncio.run(listen(worker, Request("empty", [], SamplingParams())))
+    assert by_output == [[]] and completion.error.kind == "empty_prompt"
+
+
+def test_a_broken_engine_fails_its_streams(tiny_llama):
+    worker = EngineWorker(EngineConfig(model=str(tiny_llama), dtype="float32", page_size=8, num_threads=1))
+
+    def explode():
+        raise RuntimeError("device lost")
+
+    async def run():
+        async for _ in worker.stream(requests_of(1, max_tokens=200)[0]):
+            worker.engine.step = explode
+
+    with pytest.raises(EngineError, match="device lost"):
+        asyncio.run(run())
+    assert isinstance(worker.failure, RuntimeError)
+    worker.close()
