@@ -18,10 +18,7 @@ from pydantic import ValidationError
 
 from actors.requests import RowError, SamplingParams
 from pipeline.job import Job, JobError, explain_validation_error
-
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-
-_MESSAGE_CHARACTERS = 500
+from pipeline.prompt_text import BadPrompt, PromptWriter, encodable, read_messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class Renderer:
 
     def __init__(self, job: Job, tokenizer: Any) -> None:
         self._job = job
-        self._tokenizer = tokenizer
+        self._writer = PromptWriter(job.prompt, tokenizer)
         self._max_model_len = job.resolved.max_model_len if job.resolved else job.engine.max_model_len
         self._template = _compile_template(job.prompt.template) if job.prompt.template is not None else None
         self._overrides: dict[str, SamplingParams] = {}
@@ -75,15 +72,15 @@ class Renderer:
             if self._template is not None:
                 text = self._fill_template(row)
             elif self._job.input.messages_column:
-                return self._apply_chat_template(_read_messages(row[self._job.input.messages_column]))
+                return self._writer.apply_chat_template(_read_messages(row[self._job.input.messages_column]))
             else:
                 text = _read_prompt(row[self._job.prompt_columns[0]])
             if not text:
-                raise _BadRow("empty_prompt", "the prompt is empty")
+                raise BadPrompt("empty_prompt", "the prompt is empty")
             if self._job.uses_chat_template:
-                return self._apply_chat_template([{"role": "user", "content": text}])
-            return _encodable(text)
-        except _BadRow as bad:
+                return self._writer.apply_chat_template([{"role": "user", "content": text}])
+            return encodable(text)
+        except BadPrompt as bad:
             return bad.error
 
     def _fill_template(self, row: Mapping[str, Any]) -> str:
@@ -91,68 +88,36 @@ class Renderer:
         columns = {name: _decoded(name, row[name]) for name in self._job.prompt.template_columns}
         try:
             return self._template.render(columns)
-        except _BadRow:
+        except BadPrompt:
             raise
         except Exception as error:  # the template is the user's program over the user's data: anything can happen
-            raise _BadRow("template_error", f"prompt.template: {type(error).__name__}: {error}") from error
-
-    def _apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        prompt = self._job.prompt
-        if prompt.system is not None and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": prompt.system}, *messages]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=prompt.add_generation_prompt,
-                **prompt.chat_template_kwargs,
-            )
-        except Exception as error:  # likewise: a role out of order ends in whatever the template raises
-            raise _BadRow("template_error", f"chat template: {type(error).__name__}: {error}") from error
-        return _encodable(str(text))
+            raise BadPrompt("template_error", f"prompt.template: {type(error).__name__}: {error}") from error
 
     def _tokenise(self, texts: Sequence[str | RowError]) -> list[Sequence[int] | RowError]:
-        """Token ids per text, in one call of the tokenizer; errors stay where they are.
-
-        A chat template writes its own special tokens, so none are added to its text.
-        """
+        """Token ids per text, in one call of the tokenizer; errors stay where they are."""
         good = [text for text in texts if isinstance(text, str)]
         if not good:
             return [text for text in texts if isinstance(text, RowError)]
-        add_special_tokens = not self._job.uses_chat_template
-        encoded = self._tokenizer(
-            good,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
-        if add_special_tokens:
-            encoded = [self._without_second_bos(text, ids) for text, ids in zip(good, encoded)]
+        encoded = self._writer.tokenise(good, is_chat=self._job.uses_chat_template)
         queue = iter(encoded)
         return [next(queue) if isinstance(text, str) else text for text in texts]
-
-    def _without_second_bos(self, text: str, ids: list[int]) -> list[int]:
-        """A prompt that begins with the BOS text already would get a second one from the tokenizer."""
-        bos, bos_id = self._tokenizer.bos_token, self._tokenizer.bos_token_id
-        return ids[1:] if bos and text.startswith(bos) and ids[:2] == [bos_id, bos_id] else ids
 
     def _finish(self, prompt: Sequence[int] | RowError, row_id: Any, own_sampling: Any) -> RenderedRow:
         try:
             if isinstance(prompt, RowError):
-                raise _BadRow(prompt.kind, prompt.message)
+                raise BadPrompt(prompt.kind, prompt.message)
             overrides, sampling = self._merge_sampling(own_sampling)
             self._check_length(prompt)
             return RenderedRow(prompt, sampling, overrides, _read_id(row_id))
-        except _BadRow as bad:
+        except BadPrompt as bad:
             return RenderedRow([], self._job.sampling, error=bad.error)
 
     def _check_length(self, prompt: Sequence[int]) -> None:
         if not prompt:
-            raise _BadRow("empty_prompt", "the prompt has no tokens")
+            raise BadPrompt("empty_prompt", "the prompt has no tokens")
         limit = self._max_model_len
         if limit is not None and len(prompt) + 1 > limit:
-            raise _BadRow(
+            raise BadPrompt(
                 "prompt_too_long",
                 f"the prompt has {len(prompt)} tokens, and with one to answer max_model_len={limit} is exceeded; "
                 "shorten it or raise engine.max_model_len",
@@ -173,29 +138,20 @@ def _merge_checked(base: SamplingParams, overrides: Mapping[str, Any]) -> Sampli
     try:
         merged = SamplingParams.model_validate({**base.model_dump(), **overrides})
     except ValidationError as error:
-        raise _BadRow("invalid_sampling", "; ".join(explain_validation_error(error, SamplingParams))) from error
+        raise BadPrompt("invalid_sampling", "; ".join(explain_validation_error(error, SamplingParams))) from error
     if merged.n > 1 and base.n == 1:
-        raise _BadRow(
+        raise BadPrompt(
             "invalid_sampling",
             f"n={merged.n}, but the job's sampling.n is 1, so a response is one text; "
             "set sampling.n above 1 in the job, then rows may have any n",
         )
     if merged.logprobs is not None and base.logprobs is None:
-        raise _BadRow(
+        raise BadPrompt(
             "invalid_sampling",
             f"logprobs={merged.logprobs}, but the job's sampling.logprobs is not set, so results have no column for "
             "them; set it in the job (0 is enough), then rows may have any number",
         )
     return merged
-
-
-class _BadRow(Exception):  # noqa: N818
-    """Carries a RowError to where the row is given up; never leaves this file."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        shown = message if len(message) <= _MESSAGE_CHARACTERS else message[: _MESSAGE_CHARACTERS - 3] + "..."
-        self.error = RowError(kind, shown.encode("utf-8", "backslashreplace").decode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,33 +179,23 @@ def _read_value(value: pa.Scalar) -> Any:
 def _decoded(name: str, value: Any) -> Any:
     """The value with bytes as text."""
     if isinstance(value, _Undecodable):
-        raise _BadRow("invalid_text", f"column {name!r} is {value.reason}")
+        raise BadPrompt("invalid_text", f"column {name!r} is {value.reason}")
     if not isinstance(value, bytes):
         return value
     try:
         return value.decode()
     except UnicodeDecodeError as error:
-        raise _BadRow(
+        raise BadPrompt(
             "invalid_text", f"column {name!r} is not valid UTF-8: {error.reason} at byte {error.start}"
         ) from error
-
-
-def _encodable(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _BadRow(
-            "invalid_text", f"the prompt has half a surrogate pair at character {error.start}; it is no valid text"
-        ) from error
-    return text
 
 
 def _read_prompt(value: Any) -> str:
     value = _decoded("prompt", value)
     if value is None:
-        raise _BadRow("null_prompt", "the prompt is null")
+        raise BadPrompt("null_prompt", "the prompt is null")
     if not isinstance(value, str):
-        raise _BadRow("wrong_type", f"the prompt is of type {type(value).__name__}, should be text")
+        raise BadPrompt("wrong_type", f"the prompt is of type {type(value).__name__}, should be text")
     return value
 
 
@@ -257,49 +203,15 @@ def _read_messages(value: Any) -> list[dict[str, Any]]:
     """OpenAI-style messages with plain text contents, from a list or from JSON text."""
     value = _decoded("messages", value)
     if value is None:
-        raise _BadRow("null_prompt", "messages is null")
+        raise BadPrompt("null_prompt", "messages is null")
     if isinstance(value, str):
         if not value:
-            raise _BadRow("empty_prompt", "messages is empty")
+            raise BadPrompt("empty_prompt", "messages is empty")
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise _BadRow("invalid_messages", f"messages is not valid JSON: {error}") from error
-    if not isinstance(value, list):
-        raise _BadRow("invalid_messages", f"messages is of type {type(value).__name__}, should be a list")
-    if not value:
-        raise _BadRow("empty_prompt", "messages is an empty list")
-    messages = [_read_message(message, number) for number, message in enumerate(value)]
-    if not any(message["content"] or message.get("tool_calls") for message in messages):
-        raise _BadRow("empty_prompt", "all messages are empty")
-    return messages
-
-
-def _read_message(message: Any, number: int) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise _BadRow("invalid_messages", f"message {number} is of type {type(message).__name__}, should be a mapping")
-    given = {key: value for key, value in message.items() if value is not None}  # a struct has all keys in all rows
-    role = given.get("role")
-    if role not in ROLES:
-        raise _BadRow("invalid_messages", f"message {number} has role {role!r}, should be one of {', '.join(ROLES)}")
-    if "content" not in given and not given.get("tool_calls"):
-        raise _BadRow("invalid_messages", f"message {number} has no content")
-    return {**given, "content": _read_content(given.get("content", ""), number)}
-
-
-def _read_content(content: Any, number: int) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise _BadRow(
-            "invalid_messages",
-            f"content of message {number} is of type {type(content).__name__}, should be text or a list of text parts",
-        )
-    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise _BadRow("invalid_messages", f"part {index} of message {number} is no text part; only text is read")
-    return "\n".join(text for text in texts if isinstance(text, str))
+            raise BadPrompt("invalid_messages", f"messages is not valid JSON: {error}") from error
+    return read_messages(value)
 
 
 def _read_overrides(value: Any) -> dict[str, Any]:
@@ -309,13 +221,15 @@ def _read_overrides(value: Any) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise _BadRow("invalid_sampling", f"the row's sampling is not valid JSON: {error}") from error
+            raise BadPrompt("invalid_sampling", f"the row's sampling is not valid JSON: {error}") from error
     elif isinstance(value, dict):
         value = {key: one for key, one in value.items() if one is not None}
     if value is None or value == "":
         return {}
     if not isinstance(value, dict):
-        raise _BadRow("invalid_sampling", f"the row's sampling is of type {type(value).__name__}, should be a mapping")
+        raise BadPrompt(
+            "invalid_sampling", f"the row's sampling is of type {type(value).__name__}, should be a mapping"
+        )
     return value
 
 
@@ -323,12 +237,12 @@ def _canonical_json(overrides: dict[str, Any]) -> str:
     try:
         return json.dumps(overrides, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise _BadRow("invalid_sampling", f"the row's sampling cannot be written as JSON: {error}") from error
+        raise BadPrompt("invalid_sampling", f"the row's sampling cannot be written as JSON: {error}") from error
 
 
 def _read_id(value: Any) -> str | int | None:
     if isinstance(value, _Undecodable):
-        raise _BadRow("invalid_text", f"the row's id is {value.reason}")
+        raise BadPrompt("invalid_text", f"the row's id is {value.reason}")
     if isinstance(value, bytes):
         return value.hex()
     return value if value is None or isinstance(value, int) else str(value)
@@ -339,7 +253,7 @@ def _compile_template(source: str) -> jinja2.Template:
 
     def refuse_null(value: Any) -> Any:
         if value is None:
-            raise _BadRow("null_prompt", "prompt.template writes a column that is null; test it with {% if %}")
+            raise BadPrompt("null_prompt", "prompt.template writes a column that is null; test it with {% if %}")
         return value
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
