@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal, Self, get_args
 import jinja2
 import jinja2.meta
 import jinja2.sandbox
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from actors.config import EngineConfig
 from actors.requests import SamplingParams
+from pipeline.settings_file import JobError, merge_settings, parse_override, read_yaml
 from pipeline.storage import Storage, StorageError, absolute_uri, public_uri
 
 FINGERPRINT_VERSION = 1
@@ -65,10 +65,6 @@ _TOKENIZER_FILES = (
 _WHOLE_BYTES = 2**23
 _SAMPLE_BYTES = 2**16
 _NUM_SAMPLES = 16
-
-
-class JobError(ValueError):
-    """The job as written cannot be run; the message names the key, its value, what is allowed and the way out."""
 
 
 class FingerprintMismatch(ValueError):  # noqa: N818  (the word of the documentation)
@@ -321,16 +317,16 @@ class Job(_Section):
         """
         here = Path.cwd()
         places = named_models or {}
-        model = _locate_model("model", self.model, places, here)
-        tokenizer = _locate_model("engine.tokenizer", self.engine.tokenizer or model, places, here)
+        model = locate_model("model", self.model, places, here)
+        tokenizer = locate_model("engine.tokenizer", self.engine.tokenizer or model, places, here)
         speculative = self.engine.speculative_config
         if speculative.model is not None:
             drafts = {word: places[f"{word}/draft"] for word in NAMED_MODELS if f"{word}/draft" in places}
-            draft = _locate_model("engine.speculative_config.model", speculative.model, drafts, here)
+            draft = locate_model("engine.speculative_config.model", speculative.model, drafts, here)
             speculative = speculative.model_copy(update={"model": draft})
         quality = self.quality
         if quality is not None:
-            reference = _locate_model("quality.reference", quality.reference, places, here)
+            reference = locate_model("quality.reference", quality.reference, places, here)
             quality = quality.model_copy(update={"reference": reference})
         config = _read_model_config(model)
         resolved = Resolved(
@@ -394,9 +390,9 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
 
     Relative places in the file are relative to the file, those in an override to the current folder.
     """
-    data = _anchor_places(_read_yaml(path), Path(path).absolute().parent)
+    data = _anchor_places(read_yaml(path), Path(path).absolute().parent)
     for override in overrides:
-        data = _merge(data, _anchor_places(_parse_override(override), Path.cwd()), override)
+        data = merge_settings(data, _anchor_places(parse_override(override), Path.cwd()))
     return job_from_dict(data, path)
 
 
@@ -477,7 +473,8 @@ def _identify_weights(storage: Storage, name: str, size_bytes: int) -> list[Json
     return [size_bytes, *(_digest_bytes(piece) for piece in storage.read_ranges(name, ranges))]
 
 
-def _locate_model(key: str, model: str, named_models: Mapping[str, str], base: Path) -> str:
+def locate_model(key: str, model: str, named_models: Mapping[str, str], base: Path) -> str:
+    """The absolute place of a model that the setting `key` names by path, URI or one of NAMED_MODELS."""
     if model not in NAMED_MODELS:
         return absolute_uri(model, base)
     if model not in named_models:
@@ -509,60 +506,6 @@ def _own_max_model_len(config: Mapping[str, Any]) -> int | None:
     """The engine's own default where config.json says it; where only a default of transformers does, None."""
     limit = config.get("max_position_embeddings")
     return limit if isinstance(limit, int) else None
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML in which a key that stands twice is a mistake, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                line = node.value[index][0].start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the key {key!r} stands twice; remove one")
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: str) -> dict[str, Any]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise JobError(f"{path}: there is no such job file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{path}: cannot be read: {error}") from error
-    data = _parse_yaml(text, path)
-    if not isinstance(data, dict):
-        raise JobError(f"{path}: holds {_show(data)}; a job file is a mapping with input, model and output")
-    return data
-
-
-def _parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
-    except (yaml.YAMLError, TypeError) as error:
-        raise JobError(f"{source}: not valid YAML: {error}") from error
-
-
-def _parse_override(override: str) -> dict[str, Any]:
-    key, separator, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not separator or not all(parts):
-        raise JobError(f"--set {override}: write key.subkey=value, as in --set sampling.max_tokens=64")
-    value = _parse_yaml(text, f"--set {override}")
-    for part in reversed(parts):
-        value = {part: value}
-    return value
-
-
-def _merge(below: dict[str, Any], above: Mapping[str, Any], override: str) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        if isinstance(value, dict) and isinstance(old, dict):
-            merged[key] = _merge(old, value, override)
-        else:
-            merged[key] = value
-    return merged
 
 
 def _anchor_places(data: dict[str, Any], base: Path) -> dict[str, Any]:

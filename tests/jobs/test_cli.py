@@ -66,7 +66,7 @@ def test_an_unknown_command_is_a_usage_error():
 def test_a_job_file_that_is_not_there_is_a_usage_error_without_a_traceback(tmp_path):
     done = shoal("run", str(tmp_path / "nope.yaml"))
     assert done.returncode == 2
-    assert "nope.yaml: there is no such job file" in done.stderr and "Traceback" not in done.stderr
+    assert "nope.yaml: there is no such file" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_mistakes_of_the_user_exit_with_2_and_their_message(monkeypatch, capsys):

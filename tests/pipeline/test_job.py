@@ -169,8 +169,8 @@ def test_settings_that_contradict_each_other_are_refused(changes, expected):
     ("text", "expected"),
     [
         ("input: [", "not valid YAML"),
-        ("- a\n- b\n", "a job file is a mapping"),
-        ("", "a job file is a mapping"),
+        ("- a\n- b\n", "settings are a mapping"),
+        ("", "settings are a mapping"),
         ("model: a\nmodel: b\n", "'model' stands twice"),
         ("model: !!python/object/apply:os.system [echo]\n", "not valid YAML"),
     ],
@@ -183,7 +183,7 @@ def test_a_file_that_is_no_job_is_refused_with_its_name(tmp_path, text, expected
 
 
 def test_a_job_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(JobError, match=r"nope\.yaml: there is no such job file"):
+    with pytest.raises(JobError, match=r"nope\.yaml: there is no such file"):
         load_job(str(tmp_path / "nope.yaml"))
 
 
