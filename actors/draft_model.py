@@ -65,7 +65,12 @@ class DraftModel:
         if speculative.model is None:
             raise ValueError("speculative_config.model is not set; name the directory of a draft model")
         own = config.model_copy(
-            update={"model": speculative.model, "quantization": speculative.quantization, "max_model_len": None}
+            update={
+                "model": speculative.model,
+                "quantization": speculative.quantization,
+                "max_model_len": None,
+                "deterministic": False,  # what a draft says need not be the same twice
+            }
         )
         self.decoder: Decoder = load_decoder(open_checkpoint(speculative.model), own, device, dtype)
         self.notes = [f"draft model: {note}" for note in self.decoder.notes]

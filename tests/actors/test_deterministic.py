@@ -29,6 +29,13 @@ SETTINGS = {
     "without prefix cache": {"enable_prefix_caching": False},
     "without prefix groups": {"enable_prefix_groups": False},
     "two threads": {"num_threads": 2},
+    "drafts, as many as there are": {"speculative_config": {"method": "combined", "num_speculative_tokens": 6}},
+    "drafts in small steps with few pages": {
+        "speculative_config": {"method": "combined", "num_speculative_tokens": 9},
+        "max_num_batched_tokens": 40,
+        "num_pages": 18,
+    },
+    "drafts that pay": {"speculative_config": {"method": "auto"}},
 }
 """What must not change a byte. Every row here is compared with an engine of BASE, and so are other orders."""
 
@@ -115,8 +122,10 @@ def test_every_byte_is_the_same(model, name, make_engine, expected):
     wanted = expected(model)  # before, as an engine sets the threads of the whole process
     engine = make_engine(**MODELS[model], **SETTINGS[name])
     assert_same(answer(engine, make_requests()), wanted)
-    if name == "few pages":
+    if "few pages" in name:
         assert engine.stats.num_preemptions > 0, "this pool was meant to be too small"
+    if "as many as there are" in name:
+        assert engine.stats.num_verify_steps > 0
 
 
 @pytest.mark.parametrize("model", [name for name in MODELS if name not in ("float32", "bfloat16")])
