@@ -66,6 +66,7 @@ class WorkerLoad:
 class TokensEvent:
     """New tokens of one of a request's outputs; `finish_reason` and the output's whole `text` come with its last."""
 
+    request_id: str
     index: int
     token_ids: list[int]
     logprobs: list[TokenLogprob] | None = None
@@ -78,7 +79,7 @@ class _Call:
     """One `generate` or `stream`: where its completions go, and those that are there. Callers may use an id twice at
     the same time, the engine may not; so in the engine each request goes by a number of the worker's own.
 
-    A stream has `events` and one request; its future is only there to be cancelled."""
+    A stream has `events`; its future is only there to be cancelled."""
 
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[list[Completion]]
@@ -86,12 +87,13 @@ class _Call:
     own_ids: list[str] = field(default_factory=list)
     completions: dict[str, Completion] = field(default_factory=dict)
     events: asyncio.Queue[TokensEvent | Completion | EngineError] | None = None
-    num_sent: list[int] = field(default_factory=list)  # of a stream: tokens of each output
+    num_sent: dict[tuple[str, int], int] = field(default_factory=dict)  # of a stream: tokens, by own id and output
 
     def settle(self, result: list[Completion] | None, error: EngineError | None) -> None:
         """Hand over the end, in the caller's event loop."""
         if self.events is not None:
-            self.events.put_nowait(error or (result or [])[0])
+            if error is not None:
+                self.events.put_nowait(error)
         elif self.future.done():
             return
         elif error is not None:
@@ -136,21 +138,22 @@ class EngineWorker:
         self._submit(call)
         return await call.future
 
-    async def stream(self, request: Request) -> AsyncGenerator[TokensEvent | Completion, None]:
-        """The tokens of one request after each step, and its Completion last. EngineError when the engine is broken;
-        closing the generator early drops the request. A slow reader holds nothing up."""
+    async def stream(self, requests: list[Request]) -> AsyncGenerator[TokensEvent | Completion, None]:
+        """The tokens of `requests`, whose ids differ, after each step, and each request's Completion behind its last.
+        EngineError when the engine is broken; closing the generator drops the requests. A slow reader holds nothing up.
+        """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokensEvent | Completion | EngineError] = asyncio.Queue()
-        call = _Call(loop, loop.create_future(), [request], events=events, num_sent=[0] * request.sampling.n)
+        call = _Call(loop, loop.create_future(), requests, events=events)
         self._submit(call)
+        num_open = len(requests)
         try:
-            while True:
+            while num_open:
                 event = await events.get()
                 if isinstance(event, EngineError):
                     raise event
+                num_open -= isinstance(event, Completion)
                 yield event
-                if isinstance(event, Completion):
-                    return
         finally:
             call.future.cancel()
 
@@ -283,37 +286,37 @@ class EngineWorker:
         self._idle_s += time.perf_counter() - started
 
     def _deliver(self, completion: Completion) -> None:
-        call = self._call_of.pop(completion.request_id)
-        call.completions[completion.request_id] = completion
-        if len(call.completions) < len(call.requests):
-            return
-        self._calls.remove(call)
-        ordered = [call.completions[own_id] for own_id in call.own_ids]
-        for request, done in zip(call.requests, ordered):
-            done.request_id = request.request_id
+        own_id = completion.request_id
+        call = self._call_of.pop(own_id)
+        completion.request_id = call.requests[call.own_ids.index(own_id)].request_id
+        call.completions[own_id] = completion
         if call.events is not None:
-            _tell(call.loop, _put_all, [(call, event) for event in _last_events(call, ordered[0])])
-        _tell(call.loop, call.settle, ordered, None)
+            _tell(call.loop, _put_all, [(call, event) for event in _last_events(call, own_id)])
+        if len(call.completions) == len(call.requests):
+            self._calls.remove(call)
+            _tell(call.loop, call.settle, [call.completions[own_id] for own_id in call.own_ids], None)
 
     def _send_events(self) -> None:
         """Tell streams what the step has added to their outputs: one call per event loop, however many streams."""
-        news: dict[asyncio.AbstractEventLoop, list[tuple[_Call, TokensEvent]]] = {}
+        news: dict[asyncio.AbstractEventLoop, list[tuple[_Call, TokensEvent | Completion]]] = {}
         for call in self._calls:
             if call.events is None:
                 continue
-            for sequence in self.engine.sequences_of(call.own_ids[0]):
-                start, end = call.num_sent[sequence.index], sequence.num_generated
-                if start == end or sequence.finish_reason == "error":
-                    continue
-                event = TokensEvent(
-                    sequence.index,
-                    sequence.token_ids[sequence.num_prompt + start :],
-                    None if sequence.logprobs is None else sequence.logprobs[start:],
-                    sequence.finish_reason,
-                    None if sequence.finish_reason is None else sequence.text,
-                )
-                call.num_sent[sequence.index] = end
-                news.setdefault(call.loop, []).append((call, event))
+            for own_id, request in zip(call.own_ids, call.requests):
+                for sequence in self.engine.sequences_of(own_id):
+                    start, end = call.num_sent.get((own_id, sequence.index), 0), sequence.num_generated
+                    if start == end or sequence.finish_reason == "error":
+                        continue
+                    event = TokensEvent(
+                        request.request_id,
+                        sequence.index,
+                        sequence.token_ids[sequence.num_prompt + start :],
+                        None if sequence.logprobs is None else sequence.logprobs[start:],
+                        sequence.finish_reason,
+                        None if sequence.finish_reason is None else sequence.text,
+                    )
+                    call.num_sent[own_id, sequence.index] = end
+                    news.setdefault(call.loop, []).append((call, event))
         for loop, events in news.items():
             _tell(loop, _put_all, events)
 
@@ -337,22 +340,28 @@ class EngineWorker:
             _tell(call.loop, call.settle, None, failure)
 
 
-def _last_events(call: _Call, completion: Completion) -> list[TokensEvent]:
-    """What a stream has not heard of yet of the outputs that are complete now."""
-    return [
-        TokensEvent(
-            output.index,
-            output.token_ids[start:],
-            None if output.logprobs is None else output.logprobs[start:],
-            output.finish_reason,
-            output.text,
-        )
-        for output, start in zip(completion.outputs, call.num_sent)
-        if start < len(output.token_ids)
-    ]
+def _last_events(call: _Call, own_id: str) -> list[TokensEvent | Completion]:
+    """What a stream has not heard of yet of a request that is complete now."""
+    completion = call.completions[own_id]
+    events: list[TokensEvent | Completion] = []
+    for output in completion.outputs:
+        start = call.num_sent.get((own_id, output.index), 0)
+        if start < len(output.token_ids):
+            logprobs = None if output.logprobs is None else output.logprobs[start:]
+            events.append(
+                TokensEvent(
+                    completion.request_id,
+                    output.index,
+                    output.token_ids[start:],
+                    logprobs,
+                    output.finish_reason,
+                    output.text,
+                )
+            )
+    return [*events, completion]
 
 
-def _put_all(events: list[tuple[_Call, TokensEvent]]) -> None:
+def _put_all(events: list[tuple[_Call, TokensEvent | Completion]]) -> None:
     for call, event in events:
         assert call.events is not None
         call.events.put_nowait(event)

@@ -144,11 +144,13 @@ def test_an_index_that_cannot_be_read_fails_its_caller_and_no_row(worker, monkey
 async def listen(worker, request):
     """All events of a stream, by output, and its Completion."""
     by_output = [[] for _ in range(request.sampling.n)]
-    async for event in worker.stream(request):
+    async for event in worker.stream([request]):
         if isinstance(event, Completion):
-            return by_output, event
-        by_output[event.index].append(event)
-    raise AssertionError("a stream ends with its Completion")
+            completion = event
+        else:
+            by_output[event.index].append(event)
+    assert event is completion, "a request's Completion is its last event"
+    return by_output, completion
 
 
 def streaming_requests():
@@ -188,10 +190,26 @@ def test_a_stream_has_the_tokens_and_the_text_of_a_call_without(worker):
             assert "".join(pieces) + streamed.finish(last.text) == output.text
 
 
+def test_one_stream_of_several_requests_has_a_completion_of_each(worker):
+    requests = [replace(request, request_id=str(i)) for i, request in enumerate(streaming_requests())]
+
+    async def run():
+        return [event async for event in worker.stream(requests)]
+
+    heard = {request.request_id: [] for request in requests}
+    for event in asyncio.run(run()):
+        heard[event.request_id].append(event)
+    for events in heard.values():
+        *tokens, completion = events
+        assert sum(len(event.token_ids) for event in tokens) == completion.usage.completion_tokens
+    lengths = [len(events) for events in heard.values()]
+    assert lengths[0] > lengths[-1] == 2, "the short one is over while the others go on"
+
+
 def test_tokens_come_while_the_rest_is_computed(worker):
     async def run():
         first = worker.stats().num_steps
-        async with contextlib.aclosing(worker.stream(requests_of(1, max_tokens=200)[0])) as events:
+        async with contextlib.aclosing(worker.stream(requests_of(1, max_tokens=200))) as events:
             event = await anext(events)
             return len(event.token_ids), worker.stats().num_steps - first
 
@@ -201,7 +219,7 @@ def test_tokens_come_while_the_rest_is_computed(worker):
 
 def test_a_stream_that_is_left_gives_its_pages_back(worker):
     async def run():
-        async with contextlib.aclosing(worker.stream(requests_of(1, max_tokens=200)[0])) as events:
+        async with contextlib.aclosing(worker.stream(requests_of(1, max_tokens=200))) as events:
             await anext(events)
         await worker.generate(requests_of(1))
         await asyncio.sleep(0.2)
@@ -212,7 +230,7 @@ def test_a_stream_that_is_left_gives_its_pages_back(worker):
 
 def test_an_event_loop_that_is_gone_breaks_no_engine(worker):
     loop = asyncio.new_event_loop()
-    events = worker.stream(requests_of(1, max_tokens=200)[0])
+    events = worker.stream(requests_of(1, max_tokens=200))
     loop.run_until_complete(anext(events))
     loop.close()
     assert len(asyncio.run(worker.generate(requests_of(2)))) == 2
@@ -231,7 +249,7 @@ def test_a_broken_engine_fails_its_streams(tiny_llama):
         raise RuntimeError("device lost")
 
     async def run():
-        async for _ in worker.stream(requests_of(1, max_tokens=200)[0]):
+        async for _ in worker.stream(requests_of(1, max_tokens=200)):
             worker.engine.step = explode
 
     with pytest.raises(EngineError, match="device lost"):
