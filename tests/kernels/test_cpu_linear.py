@@ -114,3 +114,22 @@ def test_the_dtype_on_a_cpu_follows_from_its_instructions_and_not_from_a_clock(a
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx512_bf16))
     assert cpu_linear.fastest_cpu_dtype() == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("form", ["plain", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_padding_to_a_bucket_shows_in_no_row(form, dtype):
+    weight, bias = torch.randn(48, 64).to(dtype), torch.randn(48).to(dtype)
+    product = cpu_linear._bucketed_product(weight, form)
+    for num_tokens in (1, 16, 17, 33, 129, 200):
+        x = torch.randn(num_tokens, 64).to(dtype)
+        y = product(x, bias)
+        assert y.shape == (num_tokens, 48)
+        error = (y.double() - (x.double() @ weight.double().T + bias.double())).abs().max()
+        assert error < (1e-4 if dtype == torch.float32 else 0.3)
+
+
+def test_buckets_are_few_and_near():
+    sizes = [cpu_linear._bucket(n) for n in range(1, 4097)]
+    assert len(set(sizes)) < 80
+    assert all(n <= size <= max(n * 1.125, n + 15) for n, size in enumerate(sizes, 1))
