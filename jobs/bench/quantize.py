@@ -33,6 +33,7 @@ from actors.quality import Quality, compare, measure_reference, summarise
 from actors.quantizers.layer_rounding import METHODS
 from actors.quantizers.layer_walk import walk
 from actors.quantizers.run import QuantizeSettings, quantize
+from actors.quantizers.sensitivity import Part, bytes_for_bits, choose_bits, measure_sensitivity
 from actors.requests import SamplingParams
 from jobs.bench.result import Bar, BenchResult
 from jobs.demo.evaluate import encode_prefix, encode_tickets
@@ -45,6 +46,7 @@ JUDGE_SEED = 606_060
 """Of the tickets and stories that judge; no setting of a method was chosen by them."""
 
 NUM_CALIBRATION, NUM_HELD_OUT = 128, 400
+MIXED = "gptq, bits by sensitivity"
 MAX_RATIO = 0.7
 MAX_POINTS_LOST = 1.0
 MAX_LOGIT_ERROR = 1e-2
@@ -150,10 +152,14 @@ def measure_case(case: Case, folder: Path, console: Console) -> tuple[list[Row],
     reference = measure_reference(original, case.held_out, sampling)
     exact = share_right(case, original, [row.token_ids[row.num_prompt :] for row in reference.rows])
     rows = []
-    for method in METHODS:
+    plan: dict[Part, int] | None = None
+    for method in (*METHODS, MIXED):
         output = folder / f"{case.name}-{method}"
-        settings = QuantizeSettings.model_validate({"method": method, "group_size": case.group_size})
-        result = quantize(open_checkpoint(str(case.model)), output, settings, sequences=case.calibration)
+        settings = QuantizeSettings.model_validate({"method": method.split(",")[0], "group_size": case.group_size})
+        checkpoint = open_checkpoint(str(case.model))
+        if method == MIXED:  # after gptq with 4 bits throughout, whose size it may have
+            plan = choose_plan(checkpoint, case, settings, rows[-1].bits_per_weight)
+        result = quantize(checkpoint, output, settings, sequences=case.calibration, plan=plan)
         engine = Engine(EngineConfig(model=str(output), dtype="float32", linear_compute="dense"))
         judged = compare(reference, engine)
         row = Row(
@@ -170,6 +176,12 @@ def measure_case(case: Case, folder: Path, console: Console) -> tuple[list[Row],
     return rows, exact
 
 
+def choose_plan(checkpoint: Checkpoint, case: Case, settings: QuantizeSettings, bits: float) -> dict[Part, int]:
+    """3, 4, 8 or 16 bits for each part of each layer by measured sensitivity, in so many bits per weight."""
+    choices = measure_sensitivity(checkpoint, case.calibration, settings)
+    return choose_bits(choices, bytes_for_bits(choices, checkpoint, bits))
+
+
 def share_right(case: Case, engine: Engine, answers: Sequence[list[int]]) -> float | None:
     """Share of answers that are the gold text to the letter."""
     if case.gold is None:
@@ -182,10 +194,12 @@ def case_bars(case: Case, rows: Sequence[Row], exact: float | None) -> list[Bar]
     """The issue's bars on one model."""
     by_method = {row.method: row for row in rows}
     kl = {method: row.quality.kl_mean for method, row in by_method.items()}
-    bars = [Bar(f"KL mean {method}, {case.name}", kl[method].value, None, unit="nats") for method in METHODS]
+    bars = [Bar(f"KL mean {method}, {case.name}", kl[method].value, None, unit="nats") for method in kl]
     for worse, better in itertools.pairwise(METHODS):
         value = kl[better].low / kl[worse].high
         bars.append(Bar(f"KL {better} (low end) over {worse} (high end), {case.name}", value, 1.0, at_least=False))
+    ratio = kl[MIXED].value / kl["gptq"].value
+    bars.append(Bar(f"KL gptq with bits by sensitivity over gptq at 4 bits, same size, {case.name}", ratio, None))
     ratio = kl["gptq"].value / kl["rtn"].value
     bars.append(Bar(f"KL gptq over rtn, {case.name}", ratio, MAX_RATIO, at_least=False))
     if exact is not None:
