@@ -151,7 +151,7 @@ def measure_case(case: Case, folder: Path, console: Console) -> tuple[list[Row],
     original = Engine(EngineConfig(model=str(case.model), dtype="float32"))
     reference = measure_reference(original, case.held_out, sampling)
     exact = share_right(case, original, [row.token_ids[row.num_prompt :] for row in reference.rows])
-    rows = []
+    rows: list[Row] = []
     plan: dict[Part, int] | None = None
     for method in (*METHODS, MIXED):
         output = folder / f"{case.name}-{method}"
