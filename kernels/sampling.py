@@ -12,15 +12,17 @@ Philox-4x32-10 (Salmon et al. 2011) under the key (seed mod 2^32, seed div 2^32)
 where E is v (1 + v (1/2 + v/3)) below v = 2^-7, since 1 - v would lose the low bits there. The noise lies in
 [-2.82, 22.88]; a candidate further below the best than that range cannot win, and gets no noise.
 
-Filters in vLLM's order: penalties, banned tokens, temperature, min_p, top_k, top_p. All three thresholds keep
-ties: top_k keeps what is not below the k-th largest value, top_p what has less than p of the mass strictly above.
+Filters in vLLM's order: penalties, banned tokens and those not allowed, temperature, min_p, top_k, top_p. All three
+thresholds keep ties: top_k keeps what is not below the k-th largest value, top_p what has less than p of the mass
+strictly above.
 
-Shape letters: B rows, V vocabulary, L the width of a padded list.
+Shape letters: B rows, V vocabulary, L the width of a padded list, M rows with allowed tokens, W words of 32 bits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -71,6 +73,18 @@ class Penalties:
 
 
 @dataclass(frozen=True, slots=True)
+class AllowedTokens:
+    """The only tokens that some rows may choose from, as bits; other rows may choose from all.
+
+    rows: ascending, none twice. words_MW: int32, W = ceil(V / 32); of rows[m], token j is bit j % 32 of word j // 32.
+    At least one bit of each row is 1.
+    """
+
+    rows: list[int]
+    words_MW: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingBatch:
     """How each row of a step is sampled. float32 tensors [B], except where said.
 
@@ -87,6 +101,7 @@ class SamplingBatch:
     num_top_logprobs: int = 0
     penalties: Penalties | None = None
     banned: list[tuple[int, int]] | None = None
+    allowed: AllowedTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +132,21 @@ def check_sampling(logits_BV: Tensor, batch: SamplingBatch) -> None:
     for row, token in batch.banned or ():
         if not (0 <= row < num_rows and 0 <= token < vocab_size):
             raise ValueError(f"sample: banned pair ({row}, {token}) is outside of logits {tuple(logits_BV.shape)}")
+    if batch.allowed is not None:
+        _check_allowed(logits_BV, batch.allowed)
+
+
+def _check_allowed(logits_BV: Tensor, allowed: AllowedTokens) -> None:
+    num_rows, vocab_size = logits_BV.shape
+    words_MW, shape = allowed.words_MW, (len(allowed.rows), -(-vocab_size // 32))
+    if words_MW.dtype != torch.int32 or words_MW.shape != shape or words_MW.device != logits_BV.device:
+        raise ValueError(
+            f"sample: words_MW is {words_MW.dtype} {tuple(words_MW.shape)} on {words_MW.device}; it must be int32 "
+            f"{shape} on {logits_BV.device}"
+        )
+    places = [-1, *allowed.rows, num_rows]
+    if not allowed.rows or any(row >= after for row, after in pairwise(places)):
+        raise ValueError(f"sample: rows with allowed tokens are {allowed.rows}; they must ascend from 0 to {num_rows}")
 
 
 @triton_kernel
@@ -267,6 +297,18 @@ def _penalise_kernel(
     tl.store(at, x, mask=used)
 
 
+@triton_kernel
+def _allow_kernel(logits, rows, words, stride, words_stride, size, BLOCK: tl.constexpr):
+    """x = -inf where its bit is 0. One program per listed row and BLOCK tokens; in place."""
+    index = tl.program_id(0)
+    token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = token < size
+    word = tl.load(words + index.to(tl.int64) * words_stride + token // 32, mask=inside, other=0)
+    row = tl.load(rows + index).to(tl.int64)
+    is_forbidden = inside & (((word >> (token % 32)) & 1) == 0)
+    tl.store(logits + row * stride + token, float("-inf"), mask=is_forbidden)
+
+
 def sample_triton(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
     """Choose one token per row on the device; nothing is copied to the host. Any vocabulary size below 2^31 - 4096.
 
@@ -308,9 +350,9 @@ def sample_triton(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
 
 
 def penalise_triton(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
-    """The logits themselves, or a copy with penalties and bans."""
-    penalties = batch.penalties
-    if penalties is None and not batch.banned:
+    """The logits themselves, or a copy with penalties, bans, and only what is allowed."""
+    penalties, allowed = batch.penalties, batch.allowed
+    if penalties is None and not batch.banned and allowed is None:
         return logits_BV
     changed_BV = logits_BV.clone()
     if penalties is not None and penalties.token_ids_BL.shape[1]:
@@ -332,6 +374,20 @@ def penalise_triton(logits_BV: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.banned:
         pairs = torch.tensor(batch.banned).to(logits_BV.device, non_blocking=True)
         changed_BV[pairs[:, 0], pairs[:, 1]] = -torch.inf
+    if allowed is not None:
+        rows = torch.tensor(allowed.rows).to(logits_BV.device, non_blocking=True)
+        words_MW = allowed.words_MW.contiguous()
+        vocab_size = logits_BV.shape[1]
+        _allow_kernel[(len(allowed.rows), -(-vocab_size // 1024))](
+            changed_BV,
+            rows,
+            words_MW,
+            changed_BV.stride(0),
+            words_MW.stride(0),
+            vocab_size,
+            BLOCK=1024,
+            num_warps=4,
+        )
     return changed_BV
 
 
@@ -378,7 +434,7 @@ def likeliest(logits_BV: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def penalise_rows(raw_BV: FloatArray, batch: SamplingBatch) -> dict[int, FloatArray]:
-    """Changed copies of the rows that penalties or bans change, by row."""
+    """Changed copies of the rows that penalties, bans or allowed tokens change, by row."""
     changed: dict[int, FloatArray] = {}
     if batch.penalties is not None:
         penalties = batch.penalties
@@ -397,6 +453,11 @@ def penalise_rows(raw_BV: FloatArray, batch: SamplingBatch) -> dict[int, FloatAr
         if row not in changed:
             changed[row] = raw_BV[row].copy()
         changed[row][token] = -np.inf
+    if batch.allowed is not None:
+        words_MW = np.ascontiguousarray(batch.allowed.words_MW.numpy())
+        for row, words in zip(batch.allowed.rows, words_MW):
+            bits = np.unpackbits(words.view(np.uint8), count=raw_BV.shape[1], bitorder="little")
+            changed[row] = np.where(bits.view(np.bool_), changed.get(row, raw_BV[row]), np.float32(-np.inf))
     return changed
 
 

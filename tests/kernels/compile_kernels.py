@@ -26,7 +26,7 @@ from kernels.on_demand import KernelOnDemand
 from kernels.quantized_kv import new_quantized_pages, write_quantized_kv_triton
 from kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
 from kernels.rope import rope_triton
-from kernels.sampling import Penalties, SamplingBatch, sample_triton
+from kernels.sampling import AllowedTokens, Penalties, SamplingBatch, sample_triton
 from kernels.silu_mul import silu_mul_triton
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
@@ -79,7 +79,9 @@ def launch_everything(recorder):
     rows = torch.zeros(4)
     ids = torch.zeros(4, dtype=torch.int64)
     penalties = Penalties(ids[:, None], ids[:, None].int(), rows, rows, rows)
-    sample_triton(torch.zeros(4, 32000), SamplingBatch(rows, ids, rows, rows, ids, ids, penalties=penalties))
+    allowed = AllowedTokens([0, 2], torch.zeros(2, 1000, dtype=torch.int32))
+    batch = SamplingBatch(rows, ids, rows, rows, ids, ids, penalties=penalties, allowed=allowed)
+    sample_triton(torch.zeros(4, 32000), batch)
 
 
 def launch_attention(recorder, head_dim, dtype):

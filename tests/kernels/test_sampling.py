@@ -9,6 +9,7 @@ import torch
 from kernels.sampling import (
     NOISE_MIN,
     NOISE_SPAN,
+    AllowedTokens,
     Candidates,
     Penalties,
     SamplingBatch,
@@ -60,6 +61,8 @@ def sample(request):
         if batch.penalties is not None:
             fields = {name: getattr(batch.penalties, name).to(device) for name in batch.penalties.__slots__}
             moved["penalties"] = Penalties(**fields)
+        if batch.allowed is not None:
+            moved["allowed"] = AllowedTokens(batch.allowed.rows, batch.allowed.words_MW.to(device))
         result = sample_triton(logits.to(device), SamplingBatch(**moved))
         fields = {name: getattr(result, name) for name in result.__slots__}
         return type(result)(**{name: None if x is None else x.cpu() for name, x in fields.items()})
@@ -177,6 +180,43 @@ def test_banned_tokens_are_never_chosen_and_other_rows_keep_them(sample):
     logits = torch.tensor([[5.0, 4.0, 3.0]] * 3)
     batch = batch_of(3, temperature=[0.0, 0.0, 0.01], banned=[(0, 0), (2, 0), (2, 1)])
     assert sample(logits, batch).token_ids_B.tolist() == [1, 0, 2]
+
+
+def pack(allowed):
+    """Bools [M, V] as words."""
+    padded = torch.nn.functional.pad(allowed, (0, -allowed.shape[1] % 32)).numpy()
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 2100])
+def test_only_allowed_tokens_are_chosen_and_other_rows_choose_from_all(vocab_size, sample):
+    logits = random_logits(5, vocab_size)
+    allowed = torch.rand(3, vocab_size, generator=torch.Generator().manual_seed(1)) < 0.1
+    allowed[torch.arange(3), torch.tensor([0, vocab_size - 1, vocab_size // 2])] = True
+    filters = {"temperature": [0.0, 0.0, 0.9, 2.0, 0.9], "seed": [1, 2, 3, 4, 5], "top_k": [0, 0, 0, 40, 0]}
+    filters["top_p"] = [1.0, 1.0, 0.9, 1.0, 1.0]
+    rows = [0, 2, 3]
+    result = sample(logits, batch_of(5, **filters, allowed=AllowedTokens(rows, pack(allowed))))
+    masked = logits.clone()
+    masked[rows] = masked[rows].masked_fill(~allowed, -math.inf)
+    assert torch.equal(result.token_ids_B, sample(masked, batch_of(5, **filters)).token_ids_B)
+    assert all(allowed[i, result.token_ids_B[row]] for i, row in enumerate(rows))
+    plain = sample(logits, batch_of(5, **filters))
+    assert torch.equal(result.token_ids_B[[1, 4]], plain.token_ids_B[[1, 4]])
+    # As with all filters, the log-probabilities are of the raw logits.
+    logprobs = logits.log_softmax(1).gather(1, result.token_ids_B[:, None])[:, 0]
+    torch.testing.assert_close(result.logprobs_B, logprobs, rtol=1e-5, atol=1e-5)
+
+
+def test_bans_and_penalties_hold_among_the_allowed_tokens(sample):
+    logits = torch.tensor([[9.0, 5.0, 4.0, 3.0]] * 2)
+    allowed = AllowedTokens([0, 1], pack(torch.tensor([[False, True, True, True]] * 2)))
+    assert sample(logits, batch_of(2, temperature=0.0, allowed=allowed, banned=[(0, 1)])).token_ids_B.tolist() == [2, 1]
+    penalties = one_token_penalties(2, token=1, repetition=4.0, count=1)
+    assert sample(logits, batch_of(2, temperature=0.0, allowed=allowed, penalties=penalties)).token_ids_B.tolist() == [
+        2,
+        2,
+    ]
 
 
 def kept_by(logits, top_k=0, top_p=1.0, min_p=0.0):
@@ -304,7 +344,15 @@ BAD = {
     r"top_k_B is \(2,\)": lambda: sample_cpu(torch.zeros(1, 4), batch_of(1, top_k=[1, 2])),
     "num_top_logprobs=5": lambda: sample_cpu(torch.zeros(1, 4), batch_of(1, num_top_logprobs=5)),
     r"banned pair \(0, 4\)": lambda: sample_cpu(torch.zeros(1, 4), batch_of(1, banned=[(0, 4)])),
+    r"words_MW is torch.int32 \(1, 2\)": lambda: sample_with_allowed([0], torch.ones(1, 2, dtype=torch.int32)),
+    "words_MW is torch.int64": lambda: sample_with_allowed([0], torch.ones(1, 1, dtype=torch.int64)),
+    r"rows with allowed tokens are \[1, 0\]": lambda: sample_with_allowed([1, 0], torch.ones(2, 1, dtype=torch.int32)),
+    r"rows with allowed tokens are \[2\]": lambda: sample_with_allowed([2], torch.ones(1, 1, dtype=torch.int32)),
 }
+
+
+def sample_with_allowed(rows, words):
+    return sample_cpu(torch.zeros(2, 4), batch_of(2, allowed=AllowedTokens(rows, words)))
 
 
 @pytest.mark.parametrize("message", BAD)
