@@ -222,15 +222,15 @@ def test_the_shapes_tell_all_terms_apart():
     assert np.linalg.matrix_rank(columns / columns.max(axis=0)) == len(FIGURES)
 
 
-def test_the_best_number_of_tokens_is_where_throughput_levels_off():
-    # 10 ms of weights to read, then 0.1 ms of arithmetic for each token beyond 100.
+def test_the_best_number_of_tokens_is_the_largest_of_those_that_are_as_good():
+    # 10 ms of weights to read, then 0.1 ms of arithmetic for each token beyond 100: all rates from there are alike.
     tokens = (1, 100, 200, 400, 800, 1600, 3200, 6400)
     times = StepTimes(tokens, tuple(0.01 + 1e-4 * max(0, n - 100) for n in tokens))
-    assert times.best_num_batched_tokens(8192) == 100
-    assert times.best_num_batched_tokens(50) == 1
-    costly = StepTimes(tokens, tuple(0.05 + 1e-4 * n for n in tokens))
-    assert costly.best_num_batched_tokens(8192) == 6400
-    assert costly.best_num_batched_tokens(3000) == 1600
+    assert times.best_num_batched_tokens(8192) == 8192
+    assert times.best_num_batched_tokens(50) == 50
+    # Beyond 800 tokens something overflows, and each takes twice as long.
+    overflowing = StepTimes(tokens, tuple(0.05 + 1e-4 * n + 1e-4 * max(0, n - 800) for n in tokens))
+    assert overflowing.best_num_batched_tokens(8192) == 800
 
 
 def test_the_tracker_follows_a_machine_that_becomes_busy():
