@@ -60,6 +60,29 @@ def run_command(
     raise typer.Exit(run(job, overrides or []))
 
 
+@app.command("plan")
+def plan_command(
+    job: Annotated[str, typer.Argument(help="The job file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as for shoal run.")
+    ] = None,
+    sample_rows: Annotated[int, typer.Option(min=1, help="Rows to read; a smaller corpus is counted whole.")] = 4000,
+    pilot_rows: Annotated[int, typer.Option(min=0, help="Rows to answer on this machine; 0 for none.")] = 32,
+    output_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, instead of a pilot.")] = None,
+    step_times: Annotated[
+        str | None, typer.Option(help="A file of another output's step_times/, for a device that is not here.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sample and of the interval.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave plan.json in the output, for run and status.")] = False,
+) -> None:
+    """Say what a run would read, take and cost, with an interval, before it."""
+    from jobs.plan import PlanSettings, plan
+
+    settings = PlanSettings(sample_rows, pilot_rows, output_tokens, step_times, seed)
+    raise typer.Exit(plan(job, overrides or [], settings, as_json=as_json, keep=keep))
+
+
 @app.command("status")
 def status_command(output: Annotated[str, typer.Argument(help="A run's output folder, local or any URI.")]) -> None:
     """Say how far a run is and what it cost, from the files that it published."""
@@ -135,7 +158,7 @@ def quantize_command(
 
 @app.command("bench")
 def bench_command(
-    name: Annotated[str, typer.Argument(help="Which: engine, pipeline or speculation.")],
+    name: Annotated[str, typer.Argument(help="Which: engine, pipeline, speculation, quantize or plan.")],
     keep: Annotated[str | None, typer.Option(help="Folder in which the JSON is kept too.")] = None,
 ) -> None:
     """Measure against a baseline in the same command; the last line is JSON."""

@@ -27,6 +27,7 @@ from rich.console import Console
 from actors.checkpoint import check_model, load_tokenizer, open_checkpoint, resolve_max_model_len
 from actors.config import EngineConfig
 from actors.draft_model import check_draft_model
+from jobs.predicted import print_predicted, say_prediction
 from pipeline.answering import Worker
 from pipeline.graph import (
     Graph,
@@ -84,9 +85,11 @@ def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[Engine
     shards = list_shards(job)
     _check_columns(job, shards)
     output = Storage(job.output.path)
-    measured = check_quality(
-        job, shards.good, output, lambda text: console.print(text, highlight=False, soft_wrap=True)
-    )
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    measured = check_quality(job, shards.good, output, say)
     claim_output(output, job)
     keep_measured(output, measured)
     fingerprint = job.fingerprint()
@@ -95,7 +98,8 @@ def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[Engine
     spec = RunSpec(_new_run_name(), job, fingerprint, new_worker)
     record = RunRecord(spec.run, started_at=time.time())
     tally = _start_tally(output, shards, todo, job.limits)
-    console.print(_describe_start(job, shards, todo), highlight=False, soft_wrap=True)
+    say(_describe_start(job, shards, todo))
+    say_prediction(job, shards.good, todo, output, say)
     stop = None
     if todo:
         output.remove("_SUCCESS")
@@ -232,6 +236,7 @@ def _finish(
     if exit_code == EXIT_DONE:
         output.write_whole("_SUCCESS", _summary(job, bill).encode())
     console.print(bill_table(bill, public_uri(output.uri)), highlight=False)
+    print_predicted(console, output, bill, job.fingerprint())
     for name, why in sorted(failed.items()):
         print(f"shoal: shard {name}: {why}", file=sys.stderr)
     if exit_code != EXIT_DONE:

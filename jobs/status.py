@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from jobs.predicted import print_predicted
 from pipeline.ledger import InProgress, read_bill, read_in_progress
 from pipeline.progress import bill_table, new_console
 from pipeline.storage import Storage, StorageError, public_uri
@@ -22,7 +23,9 @@ def status(output: str) -> int:
     console.print(
         _describe(started["fingerprint"], storage.exists("_SUCCESS"), in_progress), highlight=False, soft_wrap=True
     )
-    console.print(bill_table(read_bill(storage), place, in_progress), highlight=False)
+    bill = read_bill(storage)
+    console.print(bill_table(bill, place, in_progress), highlight=False)
+    print_predicted(console, storage, bill, started["fingerprint"])
     return 0
 
 

@@ -61,6 +61,9 @@ class Drafting:
     tokens_per_step: float = 1.0
 
 
+NO_DRAFTS = Drafting()
+
+
 @dataclass(frozen=True, slots=True)
 class Simulation:
     """`seconds` = prefill_s + decode_s. Until `steady_s` there was always a row waiting, and by then `steady_share` of
@@ -79,7 +82,7 @@ def simulate(
     rows: RowNumbers,
     engine: EngineShape,
     times: StepTimes,
-    drafting: Drafting = Drafting(),
+    drafting: Drafting = NO_DRAFTS,
     *,
     share_drawn: float = 0.0,
 ) -> Simulation:
@@ -222,7 +225,8 @@ class _Run:
         num_rows = num_verified + num_ending
         written_X = rows.output_N[decoding_X] - self._left_output[decoding_X]
         num_read = float((rows.prompt_N[decoding_X] + written_X).sum())
-        num_read += num_verified + (num_steps - 1) / 2 * len(decoding_X) * self._drafting.tokens_per_step
+        num_read += num_verified - len(decoding_X)
+        num_read += (num_steps - 1) / 2 * len(decoding_X) * self._drafting.tokens_per_step
         num_read += sum(int(rows.prompt_N[row] - self._left_prompt[row]) + count for row, count in prompts.items())
         num_chunks = sum(
             self._left_prompt[row] < rows.prompt_N[row] and count > 1 for row, count in prompts.items()

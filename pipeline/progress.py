@@ -6,6 +6,7 @@ Counts events, prints numbers; decides nothing. Called by `jobs.run` and `jobs.s
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -19,6 +20,7 @@ from rich.text import Text
 from pipeline.drafts import acceptance_length
 from pipeline.events import Event, ShardDone, ShardFailed, ShardPlanned, SliceDone
 from pipeline.ledger import Bill, InProgress
+from pipeline.plan_file import Figure, Plan
 from pipeline.pricing import SECONDS_PER_HOUR
 
 LINE_EVERY_S = 10
@@ -214,6 +216,34 @@ def bill_table(bill: Bill, place: str, in_progress: InProgress | None = None) ->
         table.add_row("note", note)
     table.add_row("files", place)
     return table
+
+
+def predicted_table(plan: Plan, bill: Bill) -> Table:
+    """What a plan expected beside what the bill has so far."""
+    expected = plan.estimate
+    lines: list[tuple[str, Figure | None, float, Callable[[float], str]]] = [
+        ("rows", Figure(expected.num_rows), bill.rows, count),
+        ("error rows", expected.num_error_rows, bill.rows_error, count),
+        ("duplicates", expected.num_duplicates, bill.rows_duplicate, count),
+        ("prompt tokens", expected.prompt_tokens, bill.prompt_tokens, count),
+        ("completion tokens", expected.completion_tokens, bill.completion_tokens, count),
+        ("busy time", expected.busy_s, bill.busy_s, seconds),
+        ("device time", expected.device_s, bill.device_seconds, seconds),
+        ("cost", expected.cost_usd, bill.cost_usd, usd),
+    ]
+    table = Table(title=f"predicted {plan.made_at}", title_justify="left", box=None, pad_edge=False)
+    table.add_column("")
+    for heading in ("predicted", "from", "to", "actual"):
+        table.add_column(heading, justify="right")
+    for name, figure, actual, show in lines:
+        if figure is not None:
+            low, high = ("" if x is None or x == figure.value else show(x) for x in (figure.low, figure.high))
+            table.add_row(name, show(figure.value), low, high, show(actual))
+    return table
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def _describe_speculation(bill: Bill) -> str:

@@ -18,6 +18,7 @@ from actors.config import EngineConfig
 from actors.requests import Completion, Request, RowError
 from pipeline.admission import Attempt
 from pipeline.answering import Answerer, Worker, poisonous
+from pipeline.device_profile import DeviceProfile, keep_profile
 from pipeline.drafts import DraftCounts, failures_of
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job
@@ -27,7 +28,7 @@ from pipeline.pricing import price_of
 from pipeline.saved_index import SavedIndex
 from pipeline.shards import ShardError
 from pipeline.slices import SliceName, SliceTimes, publish_slice, slice_table
-from pipeline.storage import Storage
+from pipeline.storage import Storage, StorageError
 
 MAX_SAVE_WAIT_S = 5.0
 """How long a slice's event waits for the drafters' index to be saved: after a run's last event its workers are gone."""
@@ -75,8 +76,23 @@ class SliceRunner:
         self._saving: asyncio.Task[None] | None = None
         self._num_in_flight = 0
         self._answerer = Answerer(self._new_worker)
-        self._device = _device_name(str(self._answerer.worker.stats().device))
+        self._device = device_name(str(self._answerer.worker.stats().device))
         self._price = price_of(self._device, spec.job.pricing.usd_per_device_hour)
+        self._notes = self._keep_profile()
+
+    def _keep_profile(self) -> list[str]:
+        """Leave the device's step times in the output, for plans; a note if that is not possible."""
+        worker = self._answerer.worker
+        times = worker.step_times()
+        if times is None:
+            return []
+        stats = worker.stats()
+        profile = DeviceProfile.of_worker(self._spec.job, self._device, times, stats.num_pages, stats.load_s)
+        try:
+            keep_profile(self._output, profile)
+        except (StorageError, OSError) as error:
+            return [f"the step times of this run's device could not be kept for plans: {error}"]
+        return []
 
     async def run(self, slice_: Slice) -> SliceDone | SliceDropped:
         """Answer and publish a slice, unless the run is being stopped."""
@@ -170,7 +186,7 @@ class SliceRunner:
             usd_per_device_hour=self._price.usd_per_device_hour,
             price_source=self._price.source,
             achievable_prefix_tokens=slice_.achievable_prefix_tokens,
-            notes=[*stats.notes, *failures_of(stats), *self._index.notes],
+            notes=[*stats.notes, *failures_of(stats), *self._index.notes, *self._notes],
             drafts=self._meter.take_drafts(self._answerer),
             **self._meter.take(self._answerer),
         )
@@ -253,7 +269,8 @@ def _given_up(request: Request, num_attempts: int) -> Completion:
     return Completion(request.request_id, error=RowError("engine_error", message))
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """What a device is called where prices are: `cpu`, or a GPU's full name."""
     if not device.startswith("cuda"):
         return device
     import torch

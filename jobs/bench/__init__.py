@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-BENCHES = ("engine", "pipeline", "speculation", "quantize")
+BENCHES = ("engine", "pipeline", "speculation", "quantize", "plan")
 """Each is a file of this folder with a function bench_NAME."""
 
 

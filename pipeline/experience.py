@@ -1,0 +1,182 @@
+"""What is known of a job's answers before all of them are there: from a pilot, or from results of the same output.
+
+A pilot is some of the sampled rows through a real engine on this machine. How long the rows took, against what the
+simulation says of the same rows, is the factor by which an engine here is slower than its model's steps.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from actors.engine import Engine
+from actors.requests import Completion, Request, SamplingParams
+from pipeline.device_profile import DeviceProfile
+from pipeline.engine_simulation import NO_DRAFTS, Drafting, RowNumbers
+from pipeline.job import Job
+from pipeline.ledger import read_metrics, read_runs
+from pipeline.prefix_plan import PackedRow, shared_prefix_lengths
+from pipeline.results import RESULTS
+from pipeline.slice_runner import device_name, max_actors, threads_per_actor
+from pipeline.storage import Storage
+
+MAX_SHARDS = 8
+"""Results of so many shards are looked at."""
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Experience:
+    """`num_rows` that were tried. rows, busy_s: completions that were computed, and the time that they took; busy_s
+    None when that says nothing about the pool. idle_s, load_s: of an actor besides."""
+
+    source: str
+    num_rows: int
+    rows: RowNumbers
+    busy_s: float | None
+    drafting: Drafting = NO_DRAFTS
+    errors: Counter[str] = field(default_factory=Counter)
+    idle_s: float | None = None
+    load_s: float | None = None
+
+    def without_times(self) -> Experience:
+        """Only what says nothing about a device."""
+        return replace(self, busy_s=None, idle_s=None, load_s=None)
+
+
+def runs_here(job: Job) -> bool:
+    """Whether a run started here has its engines on this machine, and the device that they need is there."""
+    if os.environ.get("RAY_ADDRESS"):
+        return False
+    needs_gpu = job.engine.device.startswith("cuda") or bool(job.pool.num_gpus)
+    return torch.cuda.is_available() or not needs_gpu
+
+
+def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, DeviceProfile | None]:
+    """Answer these rows (sorted as a plan has them) by an engine of the job's settings, on this machine.
+
+    The profile is that of this machine's device; None if the pool's devices are elsewhere. ValueError if the engine
+    cannot be made.
+    """
+    is_here = runs_here(job)
+    config = job.engine.model_copy(update={"num_threads": job.engine.num_threads or threads_per_actor(job)})
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        config = config.model_copy(update={"device": "auto"})
+    engine = Engine(config)
+    _warm_up(engine, prompts[0])
+    busy_before_ns = engine.stats.busy_ns
+    for number, row in enumerate(prompts):
+        planned = row.to_planned()
+        engine.add(Request(str(number), planned.prompt_token_ids, planned.sampling(job.sampling), row.seed))
+    done: list[Completion] = []
+    while engine.has_unfinished():
+        done += engine.step()
+    done.sort(key=lambda completion: int(completion.request_id))
+    good = [completion for completion in done if completion.error is None]
+    rows = _rows_of([prompts[int(c.request_id)] for c in good], good)
+    experience = Experience(
+        source=f"a pilot of {len(prompts):,} rows on this machine",
+        rows=rows,
+        busy_s=(engine.stats.busy_ns - busy_before_ns) / 1e9 if is_here else None,
+        drafting=_drafting(rows, sum(c.usage.drafted_tokens for c in good), sum(c.usage.accepted_tokens for c in good)),
+        errors=Counter(c.error.kind for c in done if c.error is not None),
+        num_rows=len(prompts),
+    )
+    if not is_here:
+        return experience, None
+    num_pages, load_s = engine.scheduler.pool.num_pages, engine.load_s - engine.measuring_s
+    profile = DeviceProfile.of_worker(job, device_name(str(engine.device)), engine.step_times, num_pages, load_s)
+    return experience, replace(profile, source="measured on this machine")
+
+
+def _warm_up(engine: Engine, row: PackedRow) -> None:
+    """Take the first steps, which are slower; backwards, so that nothing of it is cached for the pilot."""
+    ids = row.token_ids[::-1].tolist()
+    engine.add(Request("warm-up", ids, SamplingParams(max_tokens=4, ignore_eos=True)))
+    while engine.has_unfinished():
+        engine.step()
+
+
+def read_experience(job: Job, output: Storage, shards: Sequence[str]) -> Experience | None:
+    """What the published `shards` of an output tell; None if there is no answer among them."""
+    names = sorted(shards)[:MAX_SHARDS]
+    if not names:
+        return None
+    columns = ["prompt_tokens", "cached_tokens", "completion_tokens", "device_seconds", "error"]
+    tables = []
+    for name in names:
+        with output.open_input(f"{RESULTS}/{name}.parquet") as source:
+            tables.append(pq.ParquetFile(source).read(columns=columns))
+    table = pa.concat_tables(tables)
+    errors = Counter(error["kind"] for error in table["error"].to_pylist() if error)
+    values = {key: np.array(table[key].to_numpy(), np.float64) for key in columns[:-1]}
+    is_computed = (values["device_seconds"] > 0) & (values["completion_tokens"] > 0)
+    if not is_computed.any():
+        return None
+    prompt_N, cached_N, completion_N = (values[key][is_computed].astype(np.int64) for key in columns[:3])
+    output_N = np.maximum(1, np.rint(completion_N / job.sampling.n)).astype(np.int64)
+    num_samples_N = np.full(len(prompt_N), job.sampling.n)
+    starts = list(range(0, len(prompt_N), job.plan.max_rows_per_slice))
+    rows = with_samples(RowNumbers(prompt_N, cached_N, output_N, starts), num_samples_N)
+    metrics = read_metrics(output)
+    mine = [row for row in metrics if row["shard"] in set(names)]
+    runs = read_runs(output)
+    num_starts = max(1, len(runs)) * max_actors(job)
+    after_s = math.fsum(run.after_slices.idle_s for run in runs)
+    return Experience(
+        source=f"{len(prompt_N):,} rows of this output that are answered",
+        rows=rows,
+        busy_s=math.fsum(values["device_seconds"][is_computed]),
+        drafting=_drafting(
+            rows, sum(row["drafted_tokens"] for row in mine), sum(row["accepted_tokens"] for row in mine)
+        ),
+        errors=errors,
+        num_rows=len(table),
+        idle_s=(math.fsum(row["idle_seconds"] for row in metrics) + after_s) / num_starts,
+        load_s=math.fsum(row["load_seconds"] for row in metrics) / num_starts,
+    )
+
+
+def with_samples(rows: RowNumbers, num_samples_N: Ints) -> RowNumbers:
+    """A row that asks for n completions is n rows of the engine; all but the first find the whole prompt cached."""
+    if len(rows) == 0 or num_samples_N.max() == 1:
+        return rows
+    ends = np.cumsum(num_samples_N)
+    first = np.zeros(int(ends[-1]), bool)
+    first[ends - num_samples_N] = True
+    prompt_X, shared_X = np.repeat(rows.prompt_N, num_samples_N), np.repeat(rows.shared_N, num_samples_N)
+    starts = (ends - num_samples_N)[np.asarray(rows.slice_starts, np.int64)].tolist()
+    return RowNumbers(
+        prompt_X, np.where(first, shared_X, prompt_X - 1), np.repeat(rows.output_N, num_samples_N), starts
+    )
+
+
+def _rows_of(prompts: Sequence[PackedRow], completions: Sequence[Completion]) -> RowNumbers:
+    """Answered rows in the order of a plan, one per completion."""
+    prompt_N = np.array([len(row.token_ids) for row in prompts], np.int64)
+    shared_N = shared_prefix_lengths([row.token_ids for row in prompts]).astype(np.int64)
+    num_samples_N = np.array([len(completion.outputs) for completion in completions], np.int64)
+    expanded = with_samples(RowNumbers(prompt_N, shared_N, np.ones_like(prompt_N)), num_samples_N)
+    output_X = np.array(
+        [len(output.token_ids) for completion in completions for output in completion.outputs], np.int64
+    )
+    return RowNumbers(expanded.prompt_N, expanded.shared_N, output_X)
+
+
+def _drafting(rows: RowNumbers, num_drafted: int, num_accepted: int) -> Drafting:
+    """A completion's first token comes with its prompt, each later one from a step of its own or from a draft."""
+    num_later = int(rows.output_N.sum()) - len(rows)
+    num_steps = num_later - num_accepted
+    if num_drafted == 0 or num_steps <= 0:
+        return NO_DRAFTS
+    return Drafting(num_drafted / num_steps, num_later / num_steps)
