@@ -1,0 +1,151 @@
+"""The endpoint's settings: which model, how it answers, who may ask, and how much. Sections are those of the job file
+where they mean the same. Knows no Ray; read by `jobs.serve` and everything here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from actors.config import EngineConfig
+from actors.requests import SamplingParams
+from pipeline.job import NAMED_MODELS, PromptSection, explain_validation_error, locate_model
+from pipeline.settings_file import JobError, merge_settings, parse_override, read_yaml
+from pipeline.storage import absolute_uri
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+
+class AccessSection(_Section):
+    """Who may ask. Without keys everybody may, which has to be said unless only this machine can."""
+
+    api_key_file: Annotated[str | None, Field(description="per line a key, or sha256: and its digest")] = None
+    api_key_env: Annotated[
+        str | None, Field(description="variable with keys, separated by commas, where the endpoint is started")
+    ] = None
+    allow_anonymous: bool = False
+
+
+class RequestLimits(_Section):
+    """What one request may ask for, and how many may wait. Beyond the last, 429 with Retry-After."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 4 << 20
+    body_timeout_s: Annotated[float, Field(gt=0, description="for the whole body to arrive")] = 30.0
+    max_prompt_tokens: Annotated[int | None, Field(ge=1, description="default: what the context holds")] = None
+    max_choices: Annotated[int, Field(ge=1, description="completions of one request: its prompts times n")] = 128
+    max_queue: Annotated[
+        int, Field(ge=0, description="completions that may wait beside engine.max_num_seqs that run, per replica")
+    ] = 64
+
+
+class ReplicaSection(_Section):
+    """How many engines. min 0: none while nobody asks, and the first to ask waits for one to start."""
+
+    min: Annotated[int, Field(ge=0)] = 1
+    max: Annotated[int, Field(ge=1)] = 1
+    num_gpus: Annotated[
+        float | None, Field(ge=0, description="per replica; default: 1 where the engine runs on CUDA, else 0")
+    ] = None
+    num_cpus: Annotated[float, Field(ge=0, description="per replica")] = 1.0
+    idle_s: Annotated[float, Field(ge=0, description="without work, before a replica is ended")] = 300.0
+    drain_s: Annotated[float, Field(ge=0, description="for running requests, when a replica is ended")] = 60.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is above max={self.max}; swap them")
+        return self
+
+
+class EndpointConfig(_Section):
+    """One model, online."""
+
+    model: Annotated[
+        str, Field(description="Hugging Face directory (a path or any fsspec URI), or the word demo: the shipped model")
+    ]
+    served_model_name: Annotated[
+        str | None, Field(description="what clients call it; default: the last part of its place")
+    ] = None
+    engine: EngineConfig
+    prompt: PromptSection = PromptSection()
+    sampling: Annotated[SamplingParams, Field(description="for what a request leaves open; only keys set here")] = (
+        SamplingParams()
+    )
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    access: AccessSection = AccessSection()
+    limits: RequestLimits = RequestLimits()
+    replicas: ReplicaSection = ReplicaSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_model_once(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("engine") or {}, dict):
+            return data
+        return {**data, "engine": {**(data.get("engine") or {}), "model": data.get("model") or ""}}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.prompt.template is not None or self.prompt.chat_template is not None:
+            raise ValueError(
+                "prompt.template and prompt.chat_template are a job's: here a client says by the route what it sends"
+            )
+        if self.limits.max_choices > self.num_places:
+            raise ValueError(
+                f"limits.max_choices={self.limits.max_choices} would never find room beside "
+                f"engine.max_num_seqs={self.engine.max_num_seqs} and limits.max_queue={self.limits.max_queue}; lower it"
+            )
+        return self
+
+    @property
+    def num_places(self) -> int:
+        """Completions that may run or wait in one replica."""
+        return self.engine.max_num_seqs + self.limits.max_queue
+
+    @property
+    def name(self) -> str:
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The keys of `sampling` that somebody set."""
+        return {key: getattr(self.sampling, key) for key in self.sampling.model_fields_set}
+
+    def resolve(self, named_models: Mapping[str, str]) -> EndpointConfig:
+        """A new configuration with absolute places, and the name that clients use."""
+        here = Path.cwd()
+        model = locate_model("model", self.model, named_models, here)
+        tokenizer = locate_model("engine.tokenizer", self.engine.tokenizer or model, named_models, here)
+        speculative = self.engine.speculative_config
+        if speculative.model is not None:
+            drafts = {word: named_models[f"{word}/draft"] for word in NAMED_MODELS}
+            draft = locate_model("engine.speculative_config.model", speculative.model, drafts, here)
+            speculative = speculative.model_copy(update={"model": draft})
+        engine = self.engine.model_copy(
+            update={"model": model, "tokenizer": tokenizer, "speculative_config": speculative}
+        )
+        return self.model_copy(update={"model": model, "engine": engine, "served_model_name": self.name})
+
+
+def load_endpoint(path: str | None, settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> EndpointConfig:
+    """Read an endpoint's file, if any, and lay `settings` and `key.subkey=value` overrides over it; JobError if the
+    result is not valid. A relative model in the file is relative to the file."""
+    data: dict[str, Any] = {}
+    if path is not None:
+        data = read_yaml(path)
+        base = Path(path).absolute().parent
+        if isinstance(data.get("model"), str) and data["model"] not in NAMED_MODELS:
+            data["model"] = absolute_uri(data["model"], base)
+    data = merge_settings(data, settings)
+    for override in overrides:
+        data = merge_settings(data, parse_override(override))
+    try:
+        return EndpointConfig.model_validate(data)
+    except ValidationError as error:
+        lines = "\n".join(f"  {line}" for line in explain_validation_error(error, EndpointConfig))
+        raise JobError(f"{path or 'the endpoint'}: the settings are not valid\n{lines}") from error

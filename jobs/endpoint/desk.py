@@ -1,0 +1,110 @@
+"""Where requests meet the engine: admitted while there is room, answered whole or as a stream, counted, given back.
+
+Knows no HTTP; `jobs.endpoint.app` turns its errors into responses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import AsyncGenerator, Iterator
+from typing import Protocol
+
+from actors.requests import Completion, EngineError, Request
+from actors.worker import TokensEvent, WorkerLoad, WorkerStats
+from jobs.endpoint.metrics import Metrics
+from pipeline.openai_api.errors import ApiError, error_of_row
+
+_MAX_RETRY_AFTER_S = 60
+
+
+class Worker(Protocol):
+    """What `actors.worker.EngineWorker` offers."""
+
+    async def generate(self, requests: list[Request]) -> list[Completion]: ...
+
+    def stream(self, requests: list[Request]) -> AsyncGenerator[TokensEvent | Completion, None]: ...
+
+    def load(self) -> WorkerLoad: ...
+
+    def stats(self) -> WorkerStats: ...
+
+    @property
+    def failure(self) -> BaseException | None: ...
+
+    def close(self) -> None: ...
+
+
+class Desk:
+    """One worker and the places in it: `num_places` completions may run or wait, `num_running` of them run."""
+
+    def __init__(self, worker: Worker, *, num_places: int, num_running: int) -> None:
+        self.worker = worker
+        self.metrics = Metrics(worker.load, worker.stats)
+        self.is_closing = False
+        self.num_taken = 0
+        self._num_places = num_places
+        self._num_running = num_running
+        self._usual_s = 1.0
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request can be answered now; None when they can."""
+        if self.worker.failure is not None:
+            return "the engine broke and is being replaced"
+        return "the server is shutting down" if self.is_closing else None
+
+    async def answer(self, requests: list[Request]) -> list[Completion]:
+        """All completions at once; ApiError if there is no room or one of them is an error."""
+        with self._places(requests), _engine_errors():
+            completions = await self.worker.generate(requests)
+        for completion in completions:
+            self.metrics.note(completion)
+        for completion in completions:
+            if completion.error is not None:
+                raise error_of_row(completion.error)
+        return completions
+
+    async def stream(self, requests: list[Request]) -> AsyncGenerator[TokensEvent | Completion, None]:
+        """The worker's events; ApiError before the first if there is no room, and instead of a Completion's error.
+        Closing it gives places and pages back."""
+        with self._places(requests), _engine_errors():
+            async with contextlib.aclosing(self.worker.stream(requests)) as events:
+                async for event in events:
+                    if isinstance(event, Completion):
+                        self.metrics.note(event)
+                        if event.error is not None:
+                            raise error_of_row(event.error)
+                    yield event
+
+    @contextlib.contextmanager
+    def _places(self, requests: list[Request]) -> Iterator[None]:
+        if self.trouble is not None:
+            raise ApiError(503, self.trouble, code="unavailable", headers={"Retry-After": "5"})
+        num_wanted = sum(request.sampling.n for request in requests)
+        if self.num_taken + num_wanted > self._num_places:
+            wait_s = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self._usual_s * self.num_taken / self._num_running)))
+            raise ApiError(
+                429,
+                f"the queue is full; try again in {wait_s} s",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(wait_s)},
+            )
+        self.num_taken += num_wanted
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.num_taken -= num_wanted
+            took_s = time.perf_counter() - started
+            self._usual_s += 0.1 * (took_s - self._usual_s)
+            self.metrics.request_s.observe(took_s)
+
+
+@contextlib.contextmanager
+def _engine_errors() -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        raise ApiError(503, "the engine broke; try again", code="engine_error", headers={"Retry-After": "5"}) from error
