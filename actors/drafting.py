@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from actors.acceptance import WEAK_CHANCE, Acceptance
 from actors.config import SpeculativeConfig
 from actors.corpus_index import CorpusIndex
+from actors.grammar import GrammarDrafter
 from actors.prompt_lookup import PromptLookup
 from actors.sequence import Sequence
 
@@ -123,12 +124,22 @@ class Speculator:
     ) -> list[Draft]:
         """A draft for each sequence, of at most limits[i] tokens, possibly empty."""
         drafts = [Draft() for _ in sequences]
-        cheap = [drafter for drafter in self._working() if drafter.name not in self._expensive]
+        left_out = set(self._expensive)
+        if all(sequence.matcher is None for sequence in sequences):
+            left_out.add(GrammarDrafter.name)
+        cheap = [drafter for drafter in self._working() if drafter.name not in left_out]
         self._chain(drafts, range(len(drafts)), sequences, limits, cheap)
         if ask_expensive:
             for drafter in self._working():
                 if drafter.name in self._expensive:
                     self._ask_expensive(drafter, drafts, sequences, limits, cheap)
+        return drafts
+
+    def propose_forced(self, sequences: SequenceOf[Sequence], limits: SequenceOf[int]) -> list[Draft]:
+        """Drafts of nothing but what the structured outputs of sequences force."""
+        drafts = [Draft() for _ in sequences]
+        sure = [drafter for drafter in self._working() if drafter.name == GrammarDrafter.name]
+        self._chain(drafts, range(len(drafts)), sequences, limits, sure)
         return drafts
 
     def observe(self, draft: Draft, new_token_ids: SequenceOf[int]) -> None:
@@ -197,6 +208,9 @@ class Speculator:
         ]
         asked, their_limits = [sequences[i] for i in indices], [limits[i] for i in indices]
         works = self._call(drafter, lambda drafter: drafter.propose(asked, tried, their_limits))
+        for sequence, draft in zip(asked, tried):
+            if sequence.matcher is not None and works:
+                draft.split(sequence.matcher.count_allowed(draft.token_ids))
         source = self.drafters.index(drafter)
         for i, draft, other in zip(indices, tried, others):
             start = starts[i]
@@ -264,7 +278,7 @@ def make_speculator(
     """The drafters that a configuration names. identity: what a saved index of answers must have been made with, such
     as the tokenizer's fingerprint. draft_model: loaded already, exactly when config.model is set."""
     acceptance = Acceptance()
-    drafters: list[Drafter] = []
+    drafters: list[Drafter] = [] if config.method == "none" else [GrammarDrafter(acceptance)]
     if config.method in ("auto", "combined", "corpus"):
         drafters.append(CorpusIndex(acceptance, config.corpus_index_bytes, identity))
     if config.method in ("auto", "combined", "ngram"):

@@ -22,6 +22,7 @@ from actors.cost_model import split_exactly
 from actors.decoder import Decoder, load_decoder
 from actors.draft_model import DraftModel, check_draft_model
 from actors.drafting import make_speculator
+from actors.grammar import Grammars
 from actors.requests import (
     Completion,
     DrafterStats,
@@ -122,6 +123,7 @@ class Engine:
         )
         self.speculation = self._new_speculation(num_pages)
         self.stats = EngineStats()
+        self._grammars = Grammars(self.tokenizer, self.decoder.vocab_size, self.eos_token_ids)
         self._rows: dict[str, _Row] = {}
         self._refused: list[Completion] = []
         self.load_s = time.perf_counter() - started
@@ -135,7 +137,7 @@ class Engine:
             usage = Usage(prompt_tokens=len(request.prompt_token_ids))
             self._refused.append(Completion(request.request_id, usage=usage, error=error))
             return
-        sequences = [Sequence(request, index, self.max_model_len) for index in range(request.sampling.n)]
+        sequences = [self._new_sequence(request, index) for index in range(request.sampling.n)]
         self._rows[request.request_id] = _Row(request, sequences)
         for sequence in sequences:
             self.scheduler.add(sequence)
@@ -239,7 +241,17 @@ class Engine:
                 f"token id {wrong} is outside of the model's vocabulary of {self.decoder.vocab_size}; "
                 "is the tokenizer the model's own?",
             )
+        if request.sampling.structured_outputs is not None:
+            try:
+                self._grammars.new_matcher(request.sampling.structured_outputs)
+            except ValueError as error:
+                return RowError("invalid_sampling", f"structured_outputs: {error}")
         return None
+
+    def _new_sequence(self, request: Request, index: int) -> Sequence:
+        constraint = request.sampling.structured_outputs
+        matcher = None if constraint is None else self._grammars.new_matcher(constraint)
+        return Sequence(request, index, self.max_model_len, matcher=matcher)
 
     def _take(self, sequence: Sequence, draft: list[int], sampled: list[SampledToken]) -> None:
         """Append what was sampled: the first token, and those after draft tokens as long as the draft was right."""
@@ -255,7 +267,7 @@ class Engine:
     def _append(self, sequence: Sequence, sampled: SampledToken) -> None:
         """Append one token to a sequence and judge whether it ends there."""
         sequence.append(sampled.token_id, sampled.logprob)
-        if not math.isfinite(sampled.logprob):
+        if not math.isfinite(sampled.logprob) or (sequence.matcher is not None and sequence.matcher.error):
             sequence.finish_reason = "error"
             return
         if sequence.logprobs is not None:
@@ -292,6 +304,10 @@ class Engine:
             num_preemptions=sum(s.num_preemptions for s in row.sequences),
         )
         self.stats.num_preemptions += usage.num_preemptions
+        for sequence in row.sequences:
+            if sequence.matcher is not None and sequence.matcher.error:
+                error = RowError("invalid_sampling", sequence.matcher.error)
+                return Completion(row.request.request_id, usage=usage, error=error)
         if any(sequence.finish_reason == "error" for sequence in row.sequences):
             message = (
                 f"the model's logits are not finite in {dtype_name(self.dtype)}; if that happens to many rows, "

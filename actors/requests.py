@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from actors.structured_outputs import StructuredOutputs
+
 FinishReason = Literal["stop", "length", "error"]
 
 GREEDY_TEMPERATURE = 1e-5
@@ -21,7 +23,9 @@ GREEDY_TEMPERATURE = 1e-5
 class SamplingParams(BaseModel):
     """How the tokens of one row are chosen; names and meanings are vLLM's.
 
-    `seed` is the seed of the whole job; a row that sets its own `seed` is sampled with exactly that one.
+    `seed` is the seed of the whole job; a row that sets its own `seed` is sampled with exactly that one. With
+    `structured_outputs` an answer ends where its form is complete, whatever `min_tokens` and `ignore_eos` say, and
+    `max_tokens` or `stop` may end it before.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -41,6 +45,9 @@ class SamplingParams(BaseModel):
     max_tokens: Annotated[int, Field(ge=1)] = 256
     min_tokens: Annotated[int, Field(ge=0)] = 0
     logprobs: Annotated[int | None, Field(ge=0, le=20, description="top tokens to report per token")] = None
+    structured_outputs: Annotated[
+        StructuredOutputs | None, Field(description="the form of the answer: a JSON schema, a choice ...")
+    ] = None
 
     @model_validator(mode="before")
     @classmethod

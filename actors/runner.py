@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from actors.decoder import Decoder
+from actors.grammar import ban
 from actors.prefix_groups import group_by_prefix
 from actors.scheduler import StepPlan
 from actors.sequence import Sequence
@@ -17,7 +19,7 @@ from actors.step_times import StepTimes
 from actors.stopping import banned_tokens
 from kernels.attention_batch import AttentionBatch, PrefixGroup
 from kernels.backend import sample
-from kernels.sampling import Penalties, SamplingBatch
+from kernels.sampling import AllowedTokens, Penalties, SamplingBatch
 
 
 @dataclass(slots=True)
@@ -171,6 +173,7 @@ def build_sampling_batch(
     banned = [
         (row, token)
         for row, position in enumerate(positions)
+        if position.sequence.matcher is None
         for token in banned_tokens(position.sequence, position.num_drafts, eos_token_ids)
     ]
     indices = [len(position.sequence.token_ids) + position.num_drafts for position in positions]
@@ -184,7 +187,28 @@ def build_sampling_batch(
         num_top_logprobs=max((p.logprobs or 0) for p in params),
         penalties=_build_penalties(positions, device),
         banned=banned or None,
+        allowed=_build_allowed(positions, eos_token_ids, device),
     )
+
+
+def _build_allowed(
+    positions: list[_Position], eos_token_ids: tuple[int, ...], device: torch.device
+) -> AllowedTokens | None:
+    rows = [row for row, position in enumerate(positions) if position.sequence.matcher is not None]
+    if not rows:
+        return None
+    matcher = positions[rows[0]].sequence.matcher
+    assert matcher is not None
+    words_MW = np.empty((len(rows), matcher.num_words), np.int32)
+    for index, row in enumerate(rows):
+        position = positions[row]
+        # The places of a sequence stand together, and are all filled with the first of them.
+        if position.num_drafts == 0 and position.sequence.matcher is not None:
+            position.sequence.matcher.fill_masks(position.draft, words_MW[index : index + 1 + len(position.draft)])
+        banned = banned_tokens(position.sequence, position.num_drafts, eos_token_ids)
+        if banned:
+            ban(words_MW[index], banned)
+    return AllowedTokens(rows, torch.from_numpy(words_MW).to(device))
 
 
 def _build_penalties(positions: list[_Position], device: torch.device) -> Penalties | None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.prefix_tree import Node
 from actors.requests import FinishReason, Request, TokenLogprob, derive_seed
+
+if TYPE_CHECKING:
+    from actors.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +45,7 @@ class Sequence:
     num_drafted: int = 0
     num_accepted: int = 0
     drafting: dict[str, Any] = field(default_factory=dict)  # what drafters remember of it, by their name
+    matcher: Matcher | None = None  # follows structured_outputs
     finish_reason: FinishReason | None = None
     text: str = ""
 
@@ -75,6 +79,8 @@ class Sequence:
         """Take a sampled token."""
         self.token_ids.append(token_id)
         self.sum_logprob += logprob
+        if self.matcher is not None:
+            self.matcher.append(token_id)
         self.last_token_at = time.perf_counter()
         if self.first_token_at is None:
             self.first_token_at = self.last_token_at

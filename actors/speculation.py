@@ -3,7 +3,8 @@
 Between the drafters, who only guess, and the scheduler, who only has room. Each step: ask for drafts, sort all their
 tokens by their chance to survive (those of one draft only get less likely), and admit the first n, where n is the one
 that makes tokens per second largest (goodput; compare SmartSpec, arXiv 2406.14066). Where drafts bring less than
-guessing them takes, they are asked for ever more rarely. Called by the engine, once before and once after a step.
+guessing them takes, they are asked for ever more rarely; what a grammar forces is no guess, and always drafted. Called
+by the engine, once before and once after a step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from actors.config import SpeculativeConfig
 from actors.corpus_index import CorpusIndex
 from actors.drafting import Draft, Speculator
+from actors.grammar import GrammarDrafter
 from actors.requests import DrafterStats
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
@@ -68,6 +70,7 @@ class _Step:
     num_known: dict[Sequence, int] = field(default_factory=dict)
     seconds: float = 0.0
     seconds_per_token: float = 0.0
+    is_paused: bool = False
     extra_s: float = 0.0
     proposing_s: float = 0.0
     model_s: float = 0.0
@@ -116,19 +119,23 @@ class Speculation:
     def draft(self, plan: StepPlan, scheduler: Scheduler, reads: Reads) -> None:
         """Put drafts into a plan, as many tokens of each as pay."""
         self._step = step = _Step()
+        wanting = plan.wanting
+        asked = wanting[:NUM_PROBED] if self._is_probing else wanting
         if self._pause_left > 0:
             self._pause_left -= 1
             self._is_probing = self._pause_left == 0
-            return
-        wanting = plan.wanting
-        asked = wanting[:NUM_PROBED] if self._is_probing else wanting
+            step.is_paused = True
+            asked = [sequence for sequence in wanting if sequence.matcher is not None]
         room = min(scheduler.num_draftable(plan), self._max_logit_rows - len(wanting))
         if not asked or room <= 0:
             return
         longest = min(self._num_speculative_tokens, room)
         limits = [scheduler.room_for_draft(sequence, longest) for sequence in asked]
         all_ns, model_ns = self._drafting_ns()
-        drafts = self.speculator.propose(asked, limits, self._asks_model)
+        if step.is_paused:
+            drafts = self.speculator.propose_forced(asked, limits)
+        else:
+            drafts = self.speculator.propose(asked, limits, self._asks_model)
         all_now_ns, model_now_ns = self._drafting_ns()
         step.proposing_s, step.model_s = (all_now_ns - all_ns) / 1e9, (model_now_ns - model_ns) / 1e9
         step.drafts = dict(zip(asked, drafts))
@@ -160,7 +167,7 @@ class Speculation:
         model_gain_s = tally.num_accepted_of_model * token_s - step.model_s
         if tally.num_admitted:
             model_gain_s -= extra_s * tally.num_admitted_of_model / tally.num_admitted
-        if self._must_pay:
+        if self._must_pay and not step.is_paused:
             self._judge(saved_s - step.proposing_s - model_gain_s)
             self._judge_model(model_gain_s)
 
@@ -169,12 +176,13 @@ class Speculation:
         self.speculator.finish(sequence)
 
     def drafter_stats(self) -> tuple[DrafterStats, ...]:
-        """What each drafter has done so far."""
+        """What each drafter has done so far; without the grammars' one as long as nothing was forced."""
         return tuple(
             DrafterStats(
                 name, count.num_drafted, count.num_accepted, count.num_ns / 1e9, self.speculator.failed.get(name, "")
             )
             for name, count in self.speculator.counts.items()
+            if name != GrammarDrafter.name or count.num_drafted > 0 or name in self.speculator.failed
         )
 
     @property

@@ -12,6 +12,8 @@ def finish_reason_of(sequence: Sequence, eos_token_ids: tuple[int, ...], tokeniz
     """Judge a sequence by the token it just got: None while it goes on."""
     sampling = sequence.request.sampling
     token = sequence.token_ids[-1]
+    if sequence.matcher is not None and sequence.matcher.is_done:
+        return "stop"
     if sequence.num_generated >= sampling.min_tokens:
         if token in sampling.stop_token_ids or (not sampling.ignore_eos and token in eos_token_ids):
             return "stop"
@@ -38,6 +40,8 @@ def banned_tokens(sequence: Sequence, num_drafts: int, eos_token_ids: tuple[int,
     sampling = sequence.request.sampling
     if sequence.num_generated + num_drafts >= sampling.min_tokens:
         return []
+    if sequence.matcher is not None:
+        return [*sampling.stop_token_ids, *sequence.matcher.end_token_ids]
     return [*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids)]
 
 

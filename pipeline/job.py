@@ -423,7 +423,7 @@ def explain_validation_error(error: ValidationError, model: type[BaseModel]) -> 
     reasons: dict[str, list[str]] = {}
     for mistake in error.errors(include_url=False):
         location = [part for part in mistake["loc"] if not _is_union_branch(part)]
-        if mistake["type"] == "extra_forbidden":
+        if mistake["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             reason = f"unknown key (value {_show(mistake['input'])}); {_nearest_key(location, model)}"
         elif mistake["type"] == "missing":
             reason = "missing, and there is no default; set it"
@@ -545,14 +545,14 @@ def _nearest_key(location: Sequence[int | str], model: type[BaseModel]) -> str:
 
 def _fields_at(location: Iterable[int | str], model: type[BaseModel]) -> Iterable[str]:
     for part in location:
-        field = model.model_fields.get(str(part))
+        field = model.__pydantic_fields__.get(str(part))
         annotation = field.annotation if field else None
         options = [annotation, *get_args(annotation)]
-        inner = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+        inner = [option for option in options if hasattr(option, "__pydantic_fields__")]
         if not inner:
             return []
         model = inner[0]
-    return [name for name in model.model_fields if name != "resolved"]
+    return [name for name in model.__pydantic_fields__ if name != "resolved"]
 
 
 def _is_union_branch(part: int | str) -> bool:

@@ -235,7 +235,8 @@ def _read_overrides(value: Any) -> dict[str, Any]:
 
 def _canonical_json(overrides: dict[str, Any]) -> str:
     try:
-        return json.dumps(overrides, sort_keys=True, allow_nan=False)
+        # The keys of a JSON schema below keep their order: it is the order in which answers have them.
+        return json.dumps(dict(sorted(overrides.items())), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BadPrompt("invalid_sampling", f"the row's sampling cannot be written as JSON: {error}") from error
 

@@ -250,7 +250,7 @@ def test_the_configuration_names_the_drafters() -> None:
     def names(method: str) -> list[str]:
         return [drafter.name for drafter in make_speculator(SpeculativeConfig(method=method)).drafters]
 
-    assert names("auto") == names("combined") == ["corpus", "ngram"]
-    assert names("ngram") == ["ngram"]
-    assert names("corpus") == ["corpus"]
+    assert names("auto") == names("combined") == ["grammar", "corpus", "ngram"]
+    assert names("ngram") == ["grammar", "ngram"]
+    assert names("corpus") == ["grammar", "corpus"]
     assert names("none") == []
