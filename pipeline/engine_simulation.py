@@ -1,7 +1,7 @@
 """An engine's way through rows, in numbers: which steps it would take, and how long each by the step times.
 
-In ten lines: rows come slice by slice, a few slices at a time, in the order of the plan. In every step each row that is
-decoding gets a token (more where drafts are known to be accepted); what is left of the step's tokens goes to prompts,
+In ten lines: rows come slice by slice, a few slices at a time, in the order of the plan. In each step every row that is
+decoding gets a token (more where drafts were accepted before, and pay); what is left of its tokens goes to prompts,
 without their beginnings that were computed for the row before. A prompt waits a step when that beginning is just being
 computed. At most `max_num_seqs` rows run, and no more than the pages hold. A step takes what `StepTimes` says of its
 tokens, rows and reads; steps in which nothing begins or ends are added up at once. Left out: preemption, eviction from
@@ -55,10 +55,11 @@ class EngineShape:
 @dataclass(frozen=True, slots=True)
 class Drafting:
     """What speculation does to a decode, as far as it is known: draft tokens verified per request and step, and tokens
-    that a step brings on average, its own included."""
+    that a step brings on average, its own included. must_pay: only in steps where that is faster than without."""
 
     drafted: float = 0.0
     tokens_per_step: float = 1.0
+    must_pay: bool = False
 
 
 NO_DRAFTS = Drafting()
@@ -119,6 +120,7 @@ class _Run:
         self._num_steps = self._cached = 0
         self._num_done = 0.0
         self._steady: tuple[float, float] | None = None
+        self._pays: dict[int, bool] = {}
         for _ in range(engine.slices_in_flight):
             self._begin_slice()
 
@@ -140,12 +142,13 @@ class _Run:
     def step(self) -> None:
         """One step with prompts in it, or all steps until a decoding row ends."""
         decoding = [row for row in self._running if self._left_prompt[row] == 0]
-        num_verified = round(len(decoding) * (1 + self._drafting.drafted))
+        drafting = self._drafting if self._drafts_pay(len(decoding)) else NO_DRAFTS
+        num_verified = round(len(decoding) * (1 + drafting.drafted))
         prompts = self._plan_prompts(self._engine.max_num_batched_tokens - num_verified)
         decoding_X = np.array(decoding, np.int64)
-        gain = self._drafting.tokens_per_step
+        gain = drafting.tokens_per_step
         num_steps = 1 if prompts or not decoding else math.ceil(self._left_output[decoding_X].min() / gain - 1e-9)
-        self._spend(decoding_X, num_verified, prompts, num_steps)
+        self._spend(decoding_X, num_verified, prompts, num_steps, gain)
         if decoding:
             before = self._left_output[decoding_X]
             self._left_output[decoding_X] = before - num_steps * gain
@@ -217,7 +220,22 @@ class _Run:
         num_tokens = int(self._rows.prompt_N[row] + self._rows.output_N[row])
         return -(-num_tokens // size) - int(self._shared[row]) // size
 
-    def _spend(self, decoding_X: Ints, num_verified: int, prompts: dict[int, int], num_steps: int) -> None:
+    def _drafts_pay(self, num_decoding: int) -> bool:
+        """Whether decodes get more tokens per second with drafts, as the engine would decide it; they are not told
+        apart, and of their drafts all are taken or none."""
+        drafted = self._drafting.drafted
+        if not self._drafting.must_pay or drafted == 0 or num_decoding == 0:
+            return True
+        if num_decoding not in self._pays:
+            num_verified = round(num_decoding * (1 + drafted))
+            with_drafts = self._times.seconds(num_verified, num_decoding, num_verified, num_verified)
+            without = self._times.seconds(num_decoding, num_decoding, num_decoding, num_decoding)
+            self._pays[num_decoding] = bool(with_drafts < without * self._drafting.tokens_per_step)
+        return self._pays[num_decoding]
+
+    def _spend(
+        self, decoding_X: Ints, num_verified: int, prompts: dict[int, int], num_steps: int, tokens_per_step: float
+    ) -> None:
         """Add the time of the step, or of steps that differ only in what decoding rows have written since."""
         rows = self._rows
         num_prompt_tokens = sum(prompts.values())
@@ -226,11 +244,11 @@ class _Run:
         written_X = rows.output_N[decoding_X] - self._left_output[decoding_X]
         num_read = float((rows.prompt_N[decoding_X] + written_X).sum())
         num_read += num_verified - len(decoding_X)
-        num_read += (num_steps - 1) / 2 * len(decoding_X) * self._drafting.tokens_per_step
+        num_read += (num_steps - 1) / 2 * len(decoding_X) * tokens_per_step
         num_read += sum(int(rows.prompt_N[row] - self._left_prompt[row]) + count for row, count in prompts.items())
         num_chunks = sum(
             self._left_prompt[row] < rows.prompt_N[row] and count > 1 for row, count in prompts.items()
-        ) + (len(decoding_X) if self._drafting.drafted >= 1 else 0)
+        ) + (len(decoding_X) if num_verified >= 2 * len(decoding_X) else 0)
         seconds = num_steps * float(
             self._times.seconds(
                 num_prompt_tokens + num_verified,

@@ -88,7 +88,9 @@ def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, Devic
         source=f"a pilot of {len(prompts):,} rows on this machine",
         rows=rows,
         busy_s=(engine.stats.busy_ns - busy_before_ns) / 1e9 if is_here else None,
-        drafting=_drafting(rows, sum(c.usage.drafted_tokens for c in good), sum(c.usage.accepted_tokens for c in good)),
+        drafting=_drafting(
+            job, rows, sum(c.usage.drafted_tokens for c in good), sum(c.usage.accepted_tokens for c in good)
+        ),
         errors=Counter(c.error.kind for c in done if c.error is not None),
         num_rows=len(prompts),
     )
@@ -138,7 +140,7 @@ def read_experience(job: Job, output: Storage, shards: Sequence[str]) -> Experie
         rows=rows,
         busy_s=math.fsum(values["device_seconds"][is_computed]),
         drafting=_drafting(
-            rows, sum(row["drafted_tokens"] for row in mine), sum(row["accepted_tokens"] for row in mine)
+            job, rows, sum(row["drafted_tokens"] for row in mine), sum(row["accepted_tokens"] for row in mine)
         ),
         errors=errors,
         num_rows=len(table),
@@ -173,10 +175,11 @@ def _rows_of(prompts: Sequence[PackedRow], completions: Sequence[Completion]) ->
     return RowNumbers(expanded.prompt_N, expanded.shared_N, output_X)
 
 
-def _drafting(rows: RowNumbers, num_drafted: int, num_accepted: int) -> Drafting:
+def _drafting(job: Job, rows: RowNumbers, num_drafted: int, num_accepted: int) -> Drafting:
     """A completion's first token comes with its prompt, each later one from a step of its own or from a draft."""
     num_later = int(rows.output_N.sum()) - len(rows)
     num_steps = num_later - num_accepted
     if num_drafted == 0 or num_steps <= 0:
         return NO_DRAFTS
-    return Drafting(num_drafted / num_steps, num_later / num_steps)
+    must_pay = job.engine.speculative_config.method == "auto"
+    return Drafting(num_drafted / num_steps, num_later / num_steps, must_pay)

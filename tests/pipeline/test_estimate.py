@@ -90,6 +90,16 @@ def test_accepted_drafts_save_steps_and_cost_tokens():
     assert simulate(rows((10, 0, 31)), WIDE, PER_TOKEN, Drafting(4, 3)).decode_s == pytest.approx(10 * 5)
 
 
+def test_drafts_are_taken_only_where_they_pay():
+    """A token costs nothing up to 64 of them, and then as much as a step: drafts pay for one row and not for 64."""
+    times = StepTimes((1, 64, 65, 640), (1.0, 1.0, 2.0, 20.0))
+    drafting = Drafting(drafted=9, tokens_per_step=4, must_pay=True)
+    assert simulate(rows((10, 0, 41)), WIDE, times, drafting).num_steps == 11
+    many = rows(*[(1, 0, 41)] * 64)
+    assert simulate(many, WIDE, times, drafting).num_steps == 41
+    assert simulate(many, WIDE, times, replace(drafting, must_pay=False)).num_steps == 11
+
+
 def test_context_shared_by_neighbours_is_read_once():
     times = StepTimes((1, 2), (1e-9, 1e-9), per_read_s=1.0)
     what = rows((129, 0, 2), (129, 128, 2))
