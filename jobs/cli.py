@@ -99,6 +99,20 @@ def schema_command() -> None:
     raise typer.Exit(schema())
 
 
+@app.command("serve")
+def serve_command(
+    config: Annotated[str | None, typer.Argument(help="The endpoint's settings (YAML); none: --set says all.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Set one key, as in --set model=demo or --set port=9000."),
+    ] = None,
+) -> None:
+    """Answer OpenAI's clients online, until stopped."""
+    from jobs.serve import run_serve
+
+    raise typer.Exit(run_serve(config, overrides or []))
+
+
 @app.command("demo")
 def demo_command(
     rows: Annotated[int, typer.Option(min=1, help="How many support tickets to make and answer.")] = 2000,

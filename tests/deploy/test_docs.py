@@ -3,7 +3,11 @@
     console           run here, in order, in an empty folder
     console cluster   run in order against a local Ray head
     console account   needs AWS or Kubernetes: options parsed by the program's own parser where it has one here
+    console serve     a server, started for the blocks below and told to end after them
+    console endpoint  run in order against that server
+    python endpoint   likewise
     yaml              a job file, checked by Shoal
+    yaml endpoint     an endpoint's settings, likewise
 
 Of output that is shown, every line must come, with any numbers; `...` stands for what is left out.
 """
@@ -14,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -25,6 +30,7 @@ import yaml
 from local_head import REPOSITORY, Head
 from test_cluster_yaml import load_prepare
 
+from jobs.endpoint.config import EndpointConfig
 from pipeline.job import Job
 
 PAGES = sorted((REPOSITORY / "docs").glob("*.md"))
@@ -82,10 +88,11 @@ def pages_with(kind: str) -> list[Path]:
 
 
 def test_every_block_says_how_it_is_tested() -> None:
-    assert [page.name for page in PAGES] >= ["cluster.md", "corpus.md"]
+    kinds = {"console", "console cluster", "console account", "console serve", "console endpoint", "python endpoint"}
+    assert {"cluster.md", "corpus.md", "online.md"} <= {page.name for page in PAGES}
     for page in PAGES:
         assert page.read_text().count("```") == 2 * len(blocks(page))
-        assert {name for name, _ in blocks(page)} <= {"console", "console cluster", "console account", "yaml"}
+        assert {name for name, _ in blocks(page)} <= {*kinds, "yaml", "yaml endpoint"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -93,6 +100,8 @@ def test_job_files_are_job_files_and_links_lead_somewhere(page: Path) -> None:
     for name, text in blocks(page):
         if name == "yaml":
             Job.model_validate(yaml.safe_load(text))
+        elif name == "yaml endpoint":
+            EndpointConfig.model_validate(yaml.safe_load(text))
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
 
@@ -139,16 +148,44 @@ def test_a_wrong_word_to_ray_is_found(text: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", pages_with("console"), ids=lambda page: page.stem)
 def test_what_runs_on_a_laptop_runs_and_prints_what_is_shown(page: Path, tmp_path: Path) -> None:
-    env = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-    }
     for command in commands(page, "console"):
-        done = subprocess.run(
-            ["bash", "-c", command.text], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240
-        )
-        check(command, done)
+        check(command, _run(["bash", "-c", command.text], tmp_path))
+
+
+def _run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(words, cwd=folder, env=_environment(), capture_output=True, text=True, timeout=240)
+
+
+def _environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", pages_with("console serve"), ids=lambda page: page.stem)
+def test_what_asks_a_server_gets_answers_and_the_server_ends_when_told(page: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (serving,) = commands(page, "console serve")
+    words = [*serving.words, "--set", f"port={port}"]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(words, cwd=tmp_path, env=_environment(), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        ready = f"until curl -sf http://127.0.0.1:{port}/ready; do kill -0 {server.pid} || exit 1; sleep 0.5; done"
+        assert _run(["bash", "-c", ready], tmp_path).returncode == 0, (tmp_path / "log").read_text()
+        for command in commands(page, "console endpoint"):
+            check(command, _run(["bash", "-c", command.text.replace("8000", str(port))], tmp_path))
+        for name, text in blocks(page):
+            if name == "python endpoint":
+                done = _run([sys.executable, "-c", text.replace("8000", str(port))], tmp_path)
+                assert done.returncode == 0 and done.stdout.strip(), done.stderr
+        server.terminate()
+        code = server.wait(120)
+    finally:
+        server.kill()
+    check(serving, subprocess.CompletedProcess(words, code, (tmp_path / "log").read_text(), ""))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ is not.
 from __future__ import annotations
 
 import copy
+import importlib
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from local_head import REPOSITORY
 from manifest_models import ClusterSpec, CronJob, RayCluster, RayCronJob, RayJob, RayService, Strict
 from pydantic import ValidationError
 
+from jobs.endpoint.config import load_endpoint
 from jobs.run import DRAIN_S
 from pipeline.job import load_job
 
@@ -180,6 +182,31 @@ def test_the_serve_configuration_passes_rays_own_schema() -> None:
 
     config = ServeDeploySchema.model_validate(yaml.safe_load(read("rayservice", RayService).spec.serve_config_v2))
     assert [application.route_prefix for application in config.applications] == ["/"]
+
+
+def test_the_endpoint_of_a_cluster_has_settings_that_fit_it() -> None:
+    service = read("rayservice", RayService).spec
+    (application,) = yaml.safe_load(service.serve_config_v2)["applications"]
+    module, name = application["import_path"].split(":")
+    assert callable(getattr(importlib.import_module(module), name))
+    file = application["args"]["config"]
+    assert file.startswith(MOUNT)
+    config = load_endpoint(str(JOBS / file.removeprefix(MOUNT)), {})
+    assert config.access.api_key_file is not None and config.access.api_key_file.startswith(MOUNT)
+    assert config.replicas.num_gpus == 1
+    assert config.replicas.max <= sum(group.max_replicas for group in service.ray_cluster_config.worker_group_specs)
+    pod = service.ray_cluster_config.worker_group_specs[0].template.spec
+    assert pod.termination_grace_period_seconds > config.replicas.drain_s
+
+
+def test_the_serve_file_for_this_machine_is_valid_and_open_to_it_only() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    config = ServeDeploySchema.model_validate(yaml.safe_load((REPOSITORY / "deploy/serve.yaml").read_text()))
+    assert config.http_options.host == "127.0.0.1"
+    (application,) = config.applications
+    assert application.import_path == "jobs.serve:build"
+    assert load_endpoint(None, application.args).name == "demo"
 
 
 def test_no_file_holds_a_secret() -> None:

@@ -1,0 +1,168 @@
+"""The endpoint on Ray Serve: the answers of a job, cut connections, draining, and a replica that starts when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx2
+import openai
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from live_endpoint import ENGINE, settings
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobs import serve as shoal_serve
+from jobs.run import run
+from pipeline.settings_file import JobError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ROWS = [
+    {
+        "id": i,
+        "messages": [{"role": "user", "content": f"My {thing} is late. Order 7-{i}."}],
+        "own": json.dumps({"seed": 100 + i, "temperature": 0.9, "n": 2}),
+    }
+    for i, thing in enumerate(["printer", "watch", "router", "camera"])
+]
+LONG = {"model": "demo", "prompt": "Order 7", "max_tokens": 1500, "ignore_eos": True, "stream": True, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def serve_on(ray_cluster: None) -> Iterator[Callable[..., str]]:
+    """Deploys the endpoint with sections laid over its settings, unless it runs like that; returns its URL."""
+    from ray import serve
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    running: list[object] = []
+
+    def deploy(**sections: object) -> str:
+        config = settings(**sections, port=port)
+        if [config] != running or not serve.status().applications:
+            serve.start(proxy_location="HeadOnly", http_options=shoal_serve.http_options(config))
+            serve.run(shoal_serve.application(config, ()), name=shoal_serve.APPLICATION, route_prefix="/")
+            running[:] = [config]
+        return f"http://127.0.0.1:{port}"
+
+    yield deploy
+    serve.shutdown()
+
+
+def metric(url: str, name: str) -> float:
+    page = httpx2.get(f"{url}/metrics", timeout=30).text
+    (value,) = [s.value for f in text_string_to_metric_families(page) for s in f.samples if s.name == name]
+    return value
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_a_job_over_the_same_rows(serve_on: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "in" / "rows.parquet")
+    job = {
+        "input": {"path": "in", "messages_column": "messages", "id_column": "id", "sampling_column": "own"},
+        "model": "demo",
+        "engine": ENGINE,
+        "sampling": {"max_tokens": 24, "n": 2},
+        "output": {"path": "out"},
+        "pricing": {"usd_per_device_hour": 1.0},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    assert run(str(tmp_path / "job.yaml"), []) == 0
+    rows = pq.read_table(tmp_path / "out" / "results" / "rows.parquet").to_pylist()
+
+    client = openai.OpenAI(base_url=f"{serve_on()}/v1", api_key="none", max_retries=0)
+    for row in rows:
+        ask = dict(model="demo", messages=row["messages"], max_tokens=24, **json.loads(row["own"]))
+        answer = client.chat.completions.create(**ask)
+        assert [choice.message.content for choice in answer.choices] == row["response"]
+        assert answer.usage.completion_tokens == row["completion_tokens"]
+        texts = ["", ""]
+        for chunk in client.chat.completions.create(**ask, stream=True):
+            texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        assert texts == row["response"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_cut_connection_gives_its_pages_back(serve_on: Callable[..., str], stream: bool) -> None:
+    url = serve_on()
+    if stream:
+        with httpx2.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(f"{url}/v1/completions", json={**LONG, "stream": False}, timeout=0.3)
+    deadline = time.monotonic() + 10
+    while metric(url, "shoal_pages_in_use") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert metric(url, "shoal_pages_in_use") == metric(url, "shoal_sequences_running") == 0
+
+
+def test_a_stream_that_runs_when_the_endpoint_is_ended_is_finished(serve_on: Callable[..., str]) -> None:
+    from ray import serve
+
+    url = serve_on()
+    with httpx2.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        ending = threading.Thread(target=serve.delete, args=[shoal_serve.APPLICATION])
+        ending.start()
+        rest = [line for line in lines if line]
+    ending.join()
+    assert rest[-1] == "data: [DONE]" and len(rest) > 1000
+
+
+@pytest.mark.slow
+def test_with_no_replica_the_first_request_waits_for_one_and_the_last_leaves_none(serve_on: Callable[..., str]) -> None:
+    from ray import serve
+
+    url = serve_on(replicas={"min": 0, "max": 1, "idle_s": 2.0})
+
+    def num_replicas() -> int:
+        replicas = serve.status().applications[shoal_serve.APPLICATION].deployments[shoal_serve.APPLICATION]
+        return sum(replicas.replica_states.values())
+
+    with contextlib.suppress(TimeoutError):
+        _wait_until(lambda: num_replicas() == 0)
+    assert num_replicas() == 0
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
+    assert client.completions.create(model="demo", prompt="Order 7", max_tokens=4).usage.completion_tokens
+    _wait_until(lambda: num_replicas() == 0)
+
+
+def _wait_until(holds: Callable[[], bool], within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.5)
+
+
+def test_others_get_in_with_a_key_or_because_the_settings_say_so(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="no API keys are set"):
+        shoal_serve.build({"model": "demo"})
+    with pytest.raises(JobError, match="no API keys are set"):
+        shoal_serve.run_serve(None, ["model=demo", "host=0.0.0.0"])
+    assert shoal_serve.build({"model": "demo", "access": {"allow_anonymous": True}})
+    (tmp_path / "keys").write_text("sk-a-key-of-a-test-0001")
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump({"model": "demo", "access": {"api_key_file": "nowhere"}}))
+    assert shoal_serve.build(
+        {"config": str(tmp_path / "serve.yaml"), "access": {"api_key_file": str(tmp_path / "keys")}}
+    )
+
+
+def test_a_model_that_is_not_there_is_said_before_ray_is_started(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs", "serve", "--set", f"model={tmp_path}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "no directory with files" in done.stderr and "Traceback" not in done.stderr
