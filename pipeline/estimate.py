@@ -46,7 +46,10 @@ MODEL_ERROR_UNCALIBRATED = 0.2
 SLOWER_THAN_STEPS = 1.25
 """What an engine takes over the steps of its model, where no rows were answered to tell: planning steps, text, Ray."""
 
-IDLE_S = 2.5
+MIN_PART = 0.1
+"""Prompts and decodes are judged apart if each is at least so much of the answered rows' time."""
+
+IDLE_S = 2.2
 """Seconds that an actor is held besides loading and computing: imports, waiting for the first slice, the last files."""
 
 IDLE_ERROR = 0.4
@@ -119,15 +122,16 @@ def _add_times(
     totals, draws, sample = corpus.totals, corpus.draws, corpus.sample
     engine = engine_shape(job, profile)
     share_drawn = _over(sum(s.share_drawn * s.num_read for s in sample.shards), sample.num_read)
-    factor, error = _slower_than_steps(experience, engine, profile, share_drawn, tokens.notes)
+    slower = _slower_than_steps(experience, engine, profile, share_drawn, tokens.notes)
     rows = rows_of_actor(job, sample, totals, num_actors, corpus.lengths, engine, rng)
     drafting = experience.drafting if experience else NO_DRAFTS
     simulation = simulate(rows, engine, profile.times, drafting, share_drawn=share_drawn)
+    prefill_s, decode_s = slower.prompts * simulation.prefill_s, slower.decodes * simulation.decode_s
+    factor, prefill_share = _over(prefill_s + decode_s, simulation.seconds), _over(prefill_s, prefill_s + decode_s)
     busy_s = factor * num_actors * _extrapolate(simulation, len(rows), totals.completions / num_actors)
-    prefill_share = _over(simulation.prefill_s, simulation.seconds)
     prompts = prefill_share * draws.computed / max(1e-9, totals.computed)
     decodes = (1 - prefill_share) * draws.completions / max(1e-9, totals.completions) * corpus.output_ratios
-    busy = busy_s * (prompts + decodes) * rng.lognormal(0, math.hypot(error, profile.times.fit_error), NUM_DRAWS)
+    busy = busy_s * (prompts + decodes) * rng.lognormal(0, math.hypot(slower.error, profile.times.fit_error), NUM_DRAWS)
     load_s = profile.load_s if experience is None or experience.load_s is None else experience.load_s
     idle_s = IDLE_S if experience is None or experience.idle_s is None else experience.idle_s
     overhead_s = load_s + idle_s
@@ -269,16 +273,28 @@ def _bounds(shard: ShardSample) -> list[tuple[int, int]]:
     return [(start, end) for start, end in zip(shard.slice_starts, ends) if end > start]
 
 
+@dataclass(frozen=True, slots=True)
+class _Slower:
+    """By what factor prompts and decodes really take longer than simulated, and the relative error of it."""
+
+    prompts: float
+    decodes: float
+    error: float
+
+
 def _slower_than_steps(
     experience: Experience | None, engine: EngineShape, profile: DeviceProfile, share_drawn: float, notes: list[str]
-) -> tuple[float, float]:
-    """By what factor rows really took longer than simulated, and its relative error."""
+) -> _Slower:
     if experience is None or not experience.busy_s or len(experience.rows) == 0:
         notes.append("no answered rows tell how far these step times hold, so the interval is wide")
-        return SLOWER_THAN_STEPS, MODEL_ERROR_UNCALIBRATED
+        return _Slower(SLOWER_THAN_STEPS, SLOWER_THAN_STEPS, MODEL_ERROR_UNCALIBRATED)
     shape = engine if len(experience.rows.slice_starts) > 1 else replace(engine, slices_in_flight=1)
     simulated = simulate(experience.rows, shape, profile.times, experience.drafting, share_drawn=share_drawn)
-    return experience.busy_s / simulated.seconds, MODEL_ERROR
+    whole = experience.busy_s / simulated.seconds
+    if min(simulated.prefill_s, simulated.decode_s) < MIN_PART * simulated.seconds or not experience.prefill_s:
+        return _Slower(whole, whole, MODEL_ERROR)
+    decode_s = experience.busy_s - experience.prefill_s
+    return _Slower(experience.prefill_s / simulated.prefill_s, decode_s / simulated.decode_s, MODEL_ERROR)
 
 
 def _extrapolate(simulation: Simulation, num_simulated: int, num_rows: float) -> float:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from actors.engine import Engine
 from actors.requests import Completion, Request, SamplingParams
+from actors.step_measurement import MAX_KEPT_ERROR
 from pipeline.device_profile import DeviceProfile
 from pipeline.engine_simulation import NO_DRAFTS, Drafting, RowNumbers
 from pipeline.job import Job
@@ -32,18 +33,22 @@ from pipeline.storage import Storage
 MAX_SHARDS = 8
 """Results of so many shards are looked at."""
 
+COLD_LOAD_S = 1.0
+"""What loading takes longer in a new process, where the first tokenizer imports its library."""
+
 Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """`num_rows` that were tried. rows, busy_s: completions that were computed, and the time that they took; busy_s
-    None when that says nothing about the pool. idle_s, load_s: of an actor besides."""
+    """`num_rows` that were tried. rows, busy_s: completions that were computed, and the time that they took, prefill_s
+    of it for prompts; None when that says nothing about the pool. idle_s, load_s: of an actor besides."""
 
     source: str
     num_rows: int
     rows: RowNumbers
     busy_s: float | None
+    prefill_s: float = 0.0
     drafting: Drafting = NO_DRAFTS
     errors: Counter[str] = field(default_factory=Counter)
     idle_s: float | None = None
@@ -74,7 +79,7 @@ def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, Devic
         config = config.model_copy(update={"device": "auto"})
     engine = Engine(config)
     _warm_up(engine, prompts[0])
-    busy_before_ns = engine.stats.busy_ns
+    busy_before_ns, prefill_before_ns = engine.stats.busy_ns, engine.stats.prefill_ns
     for number, row in enumerate(prompts):
         planned = row.to_planned()
         engine.add(Request(str(number), planned.prompt_token_ids, planned.sampling(job.sampling), row.seed))
@@ -88,6 +93,7 @@ def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, Devic
         source=f"a pilot of {len(prompts):,} rows on this machine",
         rows=rows,
         busy_s=(engine.stats.busy_ns - busy_before_ns) / 1e9 if is_here else None,
+        prefill_s=(engine.stats.prefill_ns - prefill_before_ns) / 1e9,
         drafting=_drafting(
             job, rows, sum(c.usage.drafted_tokens for c in good), sum(c.usage.accepted_tokens for c in good)
         ),
@@ -96,7 +102,9 @@ def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, Devic
     )
     if not is_here:
         return experience, None
-    num_pages, load_s = engine.scheduler.pool.num_pages, engine.load_s - engine.measuring_s
+    # An actor finds what was measured here, if it was good enough to be kept; and imports what is imported here.
+    load_s = COLD_LOAD_S + engine.load_s - (engine.measuring_s if engine.step_times.fit_error <= MAX_KEPT_ERROR else 0)
+    num_pages = engine.scheduler.pool.num_pages
     profile = DeviceProfile.of_worker(job, device_name(str(engine.device)), engine.step_times, num_pages, load_s)
     return experience, replace(profile, source="measured on this machine")
 
@@ -139,6 +147,7 @@ def read_experience(job: Job, output: Storage, shards: Sequence[str]) -> Experie
         source=f"{len(prompt_N):,} rows of this output that are answered",
         rows=rows,
         busy_s=math.fsum(values["device_seconds"][is_computed]),
+        prefill_s=math.fsum(row["prefill_seconds"] for row in mine),
         drafting=_drafting(
             job, rows, sum(row["drafted_tokens"] for row in mine), sum(row["accepted_tokens"] for row in mine)
         ),

@@ -181,7 +181,7 @@ def test_a_small_corpus_is_counted_as_a_run_plans_it(write_corpus, sampled):
     assert totals.duplicates == sum(p.num_duplicate_rows for p in plans) == 2
     hits = sum(p.achievable_prefix_tokens for p in plans)
     assert totals.distinct_prompt - totals.computed == pytest.approx(hits)
-    errors = sum((shard.errors for shard in sample.shards), Counter())
+    errors: Counter[str] = sum((shard.errors for shard in sample.shards), Counter())
     assert errors == {"null_prompt": 1, "empty_prompt": 1, "prompt_too_long": 1}
     slices = {plan.shard.name: plan.num_slices for plan in plans}
     assert {s.name: len(s.slice_starts) for s in sample.shards}.keys() == slices.keys()
@@ -268,7 +268,8 @@ def test_the_interval_holds_the_truth_as_often_as_it_says(known):
     job, profile = known
     times = replace(profile.times, fit_error=0.0)
     profile = replace(profile, times=times)
-    num_rows, held, errors = 3000, 0, []
+    num_rows, held = 3000, 0
+    errors: list[float] = []
     for seed in range(40):
         rng = np.random.default_rng(seed)
         prompts = rng.lognormal(4.5, 0.6, num_rows).astype(np.int64) + 1
@@ -302,6 +303,21 @@ def test_rows_beyond_those_simulated_take_the_pace_of_a_full_engine(known):
     found = estimate(job, sample, 1, replace(experience, busy_s=busy_s), None, profile, PRICE, [])
     assert found.busy_s is not None
     assert found.busy_s.value == pytest.approx(truth, rel=0.04)
+
+
+def test_prompts_and_decodes_are_slower_each_by_its_own_factor(known):
+    """The pilot's prompts took three times as long as simulated and its decodes twice; the corpus writes far less."""
+    job, profile = known
+    sample = CorpusSample(1, 500, [shard("a", 500, 500, np.full(500, 400))], [])
+    experience = answered(np.full(64, 20))
+    engine = EngineShape(32, 512, page_size=16, num_pages=256, slices_in_flight=1)
+    pilot = simulate(experience.rows, engine, profile.times)
+    taken = replace(experience, busy_s=3 * pilot.prefill_s + 2 * pilot.decode_s, prefill_s=3 * pilot.prefill_s)
+    found = estimate(job, sample, 1, taken, 2, profile, PRICE, [])
+    exact = estimate(job, sample, 1, replace(experience, busy_s=pilot.seconds), 2, profile, PRICE, [])
+    assert found.busy_s and exact.busy_s and exact.prefill_share
+    expected = exact.busy_s.value * (3 * exact.prefill_share + 2 * (1 - exact.prefill_share))
+    assert found.busy_s.value == pytest.approx(expected)
 
 
 def test_cost_is_the_price_of_all_the_time_that_actors_are_held(known):
