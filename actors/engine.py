@@ -305,7 +305,7 @@ class Engine:
         )
         self.stats.num_preemptions += usage.num_preemptions
         for sequence in row.sequences:
-            if sequence.matcher is not None and sequence.matcher.error:
+            if sequence.matcher is not None and sequence.matcher.error and math.isfinite(sequence.sum_logprob):
                 error = RowError("invalid_sampling", sequence.matcher.error)
                 return Completion(row.request.request_id, usage=usage, error=error)
         if any(sequence.finish_reason == "error" for sequence in row.sequences):

@@ -290,6 +290,7 @@ def test_every_finished_answer_of_a_random_model_is_valid(engine, schema, seed, 
         assert not compact or finish_reason == "stop"
         if finish_reason == "stop":
             jsonschema.validate(json.loads(text), schema)
+        assert not compact or text == json.dumps(json.loads(text), ensure_ascii=False) or "." in text or "\\" in text
 
 
 @pytest.mark.parametrize("name", CONSTRAINTS)
@@ -350,6 +351,17 @@ def test_forced_tokens_save_steps(make_engine, engine):
     assert speculating.stats.num_steps < 0.6 * (engine.stats.num_steps - before)
     (grammar,) = (drafter for drafter in speculating.drafter_stats() if drafter.name == "grammar")
     assert grammar.accepted_tokens > 40
+
+
+def test_what_is_forced_is_drafted_while_guesses_do_not_pay(make_engine, engine):
+    sampling = constrained(**CONSTRAINTS["schema"], temperature=0.9)
+    speculating = make_engine(method="auto")
+    speculating.speculation._pause_left = 10_000
+    assert answers(speculating.generate(PROMPTS, sampling)) == answers(engine.generate(PROMPTS, sampling))
+    stats = {drafter.name: drafter for drafter in speculating.drafter_stats()}
+    assert stats["grammar"].drafted_tokens == stats["grammar"].accepted_tokens > 40
+    assert stats["ngram"].drafted_tokens == stats["corpus"].drafted_tokens == 0
+    assert 9_000 < speculating.speculation._pause_left < 10_000
 
 
 class Parrot:

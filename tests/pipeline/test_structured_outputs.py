@@ -77,9 +77,9 @@ def test_every_answer_of_a_job_with_a_schema_is_valid_and_rows_may_have_their_ow
         elif i % 6 == 1:
             assert row["response"][3] == "-" and row["response"][:3].isdecimal()
         elif i % 6 == 2:
-            assert row["response"] == '{"z":null,"a":null}', "properties come in the schema's order"
+            assert row["response"] == '{"z": null, "a": null}', "properties come in the schema's order"
         else:
-            assert not row["response"].startswith('{"kind":'), "null takes the job's constraint away"
+            assert not row["response"].startswith('{"kind": '), "null takes the job's constraint away"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +138,12 @@ def test_the_demos_answers_are_the_same_with_its_schema_where_they_fit_it_and_fi
             assert other.outputs[0].text == one.outputs[0].text
             num_same += 1
     assert num_same >= 40
+    in_one_line = {"json": TICKET, "disable_any_whitespace": True}
+    for one, other in zip(
+        bound, engine.generate(prompts, SamplingParams(max_tokens=64, structured_outputs=in_one_line))
+    ):
+        text = one.outputs[0].text
+        assert text != json.dumps(json.loads(text), ensure_ascii=False) or other.outputs[0].text == text
     assert sum(c.usage.drafted_tokens for c in bound) > 0
     # Where the model would rather say something else, it does not.
     nothing = [engine.tokenizer.encode("<|user|>Tell me a story about a fish.<|end|><|assistant|>")] * 2
