@@ -167,11 +167,11 @@ def test_biases_query_norms_and_windows(family, make_engine, model_zoo, tiny_lla
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_settings_change_no_byte(seed, make_engine):
     rng = random.Random(seed)
     model, page_size = rng.choice(list(MODELS.values())), rng.choice([1, 7, 16, 64])
-    requests = make_requests(seed, 200)
+    requests = make_requests(seed, 60)
     expected = answer(make_engine(**model, page_size=page_size, num_pages=6000 // page_size), requests)
     for _ in range(4):
         settings = {
