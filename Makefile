@@ -34,6 +34,8 @@ check: setup
 bench: setup
 	$(BIN)/shoal bench engine
 	$(BIN)/shoal bench pipeline
+	$(BIN)/shoal bench speculation
+	$(BIN)/shoal bench quantize
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output
