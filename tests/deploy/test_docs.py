@@ -109,7 +109,7 @@ def test_job_files_are_job_files_and_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_files_of_deploy_that_are_named_are_there(page: Path) -> None:
     for path in re.findall(r"\bdeploy/[-\w./]+\w", page.read_text()):
-        assert (REPOSITORY / path).exists(), path
+        assert (REPOSITORY / path).exists() or path == "deploy/jobs/keys", path  # that one the reader makes
 
 
 @pytest.mark.parametrize("page", pages_with("console account"), ids=lambda page: page.stem)
@@ -122,7 +122,7 @@ def test_what_needs_an_account_has_options_that_exist(page: Path) -> None:
             assert words[0] == "deploy/aws/prepare.py"
             load_prepare().parser().parse_args(words[1:])
         else:
-            assert program in ("bash", "kubectl", "docker", "export"), command.text
+            assert program in ("bash", "kubectl", "docker", "export", "printf"), command.text
 
 
 def _parse_ray(words: list[str]) -> None:
