@@ -22,9 +22,16 @@ def drive(scheduler, sequences, rng, abort_share=0.0):
     while scheduler.waiting or scheduler.running:
         plan = scheduler.plan_step()
         assert plan.sequences, "somebody can always go on"
+        wanting = plan.wanting
+        num_drafts = {sequence: scheduler.room_for_draft(sequence, rng.randrange(5)) for sequence in wanting}
         check_owners(scheduler)
-        for sequence in scheduler.commit(plan):
-            sequence.append(rng.randrange(3), 0.0)
+        scheduler.commit(plan)
+        for sequence in wanting:
+            num_accepted = rng.randint(0, num_drafts[sequence])
+            for _ in range(1 + num_accepted):
+                sequence.append(rng.randrange(3), 0.0)
+            sequence.num_computed += num_accepted
+            assert len(sequence.token_ids) <= sequence.max_len, "a draft went beyond the sequence's end"
             if len(sequence.token_ids) >= sequence.max_len:
                 scheduler.finish(sequence)
         if abort_share and scheduler.running and rng.random() < abort_share:

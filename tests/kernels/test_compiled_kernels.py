@@ -24,6 +24,7 @@ ALL_KERNELS = MULTIPLYING | {
     "expand_kernel",
     "sample_kernel",
     "penalise_kernel",
+    "allow_kernel",
 }
 
 pytestmark = pytest.mark.skipif(
