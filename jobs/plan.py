@@ -150,6 +150,11 @@ def _gain_experience(
         notes.append(
             f"{num_failed} of {experience.num_rows} pilot rows failed ({kinds}); a run would have such rows too"
         )
+    if experience.own_share < 1 and experience.busy_s is not None:
+        notes.append(
+            f"this machine was busy: the pilot had its core for {experience.own_share:.0%} of the time; "
+            "times are those of a machine that does nothing else"
+        )
     return experience, profile
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from actors.engine import Engine
 from actors.requests import Completion, Request, SamplingParams
-from actors.step_measurement import MAX_KEPT_ERROR
+from actors.step_measurement import MAX_KEPT_ERROR, MIN_OWN_SHARE
 from pipeline.device_profile import DeviceProfile
 from pipeline.engine_simulation import NO_DRAFTS, Drafting, RowNumbers
 from pipeline.job import Job
@@ -42,7 +43,8 @@ Ints = NDArray[np.int64]
 @dataclass(frozen=True, slots=True)
 class Experience:
     """`num_rows` that were tried. rows, busy_s: completions that were computed, and the time that they took, prefill_s
-    of it for prompts; None when that says nothing about the pool. idle_s, load_s: of an actor besides."""
+    of it for prompts; None when that says nothing about the pool. own_share: what others left of the time, which alone
+    is in busy_s. idle_s, load_s: of an actor besides."""
 
     source: str
     num_rows: int
@@ -51,6 +53,7 @@ class Experience:
     prefill_s: float = 0.0
     drafting: Drafting = NO_DRAFTS
     errors: Counter[str] = field(default_factory=Counter)
+    own_share: float = 1.0
     idle_s: float | None = None
     load_s: float | None = None
 
@@ -84,16 +87,21 @@ def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, Devic
         planned = row.to_planned()
         engine.add(Request(str(number), planned.prompt_token_ids, planned.sampling(job.sampling), row.seed))
     done: list[Completion] = []
+    started, started_own = time.perf_counter(), time.thread_time()
     while engine.has_unfinished():
         done += engine.step()
+    # On a CPU this thread works or spins all the time; where it did not, others had its core.
+    own_share = (time.thread_time() - started_own) / (time.perf_counter() - started)
+    own_share = 1.0 if engine.device.type == "cuda" or own_share > MIN_OWN_SHARE else own_share
     done.sort(key=lambda completion: int(completion.request_id))
     good = [completion for completion in done if completion.error is None]
     rows = _rows_of([prompts[int(c.request_id)] for c in good], good)
     experience = Experience(
         source=f"a pilot of {len(prompts):,} rows on this machine",
         rows=rows,
-        busy_s=(engine.stats.busy_ns - busy_before_ns) / 1e9 if is_here else None,
-        prefill_s=(engine.stats.prefill_ns - prefill_before_ns) / 1e9,
+        busy_s=own_share * (engine.stats.busy_ns - busy_before_ns) / 1e9 if is_here else None,
+        prefill_s=own_share * (engine.stats.prefill_ns - prefill_before_ns) / 1e9,
+        own_share=own_share,
         drafting=_drafting(
             job, rows, sum(c.usage.drafted_tokens for c in good), sum(c.usage.accepted_tokens for c in good)
         ),

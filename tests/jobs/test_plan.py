@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +95,14 @@ def test_a_pilot_that_is_not_possible_is_said(write_corpus, write_job, monkeypat
     assert code == EXIT_DONE
     notes = json.loads(out)["estimate"]["notes"]
     assert any("no pilot was possible on this machine" in note for note in notes), notes
+
+
+def test_a_machine_that_others_use_is_said_and_their_time_is_not_counted(write_corpus, write_job, monkeypatch):
+    write_corpus({"a": prompts(40)})
+    half = SimpleNamespace(perf_counter=time.perf_counter, thread_time=lambda: time.perf_counter() / 2)
+    monkeypatch.setattr("pipeline.experience.time", half)
+    notes = planned(write_job()).estimate.notes
+    assert any("the pilot had its core for 50% of the time" in note for note in notes), notes
 
 
 def test_step_times_of_another_model_are_refused(write_corpus, write_job, tmp_path, monkeypatch, capsys):
