@@ -1,8 +1,10 @@
 """Who may ask the endpoint, how much, and what happens when they leave or the engine breaks: over real connections."""
 
+import collections
 import concurrent.futures
 import hashlib
 import json
+import random
 import socket
 import threading
 import time
@@ -157,3 +159,43 @@ def test_a_broken_engine_fails_its_requests_and_its_health():
                 client.completions.create(model="demo", prompt="Order 7")
             assert found.value.status_code == 503
         assert httpx2.get(f"{live.url}/health").status_code == httpx2.get(f"{live.url}/ready").status_code == 503
+
+
+def test_a_crowd_of_which_some_leave_gets_answers_or_429_and_leaves_nothing_behind():
+    config = settings(engine={"max_num_seqs": 4, "num_pages": 64}, limits={"max_queue": 4, "max_choices": 4})
+
+    def ask(number):
+        draw = random.Random(number)
+        body = {
+            **LONG,
+            "prompt": f"Order {number % 5}",
+            "n": draw.choice([1, 1, 2]),
+            "max_tokens": draw.randint(1, 120),
+            "stream": number % 2 == 0,
+            "temperature": 1.0,
+        }
+        leaves = number % 3 == 0
+        timeout = 0.3 if leaves and number % 2 else 60
+        for attempt in range(1000):
+            try:
+                with client.stream("POST", f"{live.url}/v1/completions", json=body, timeout=timeout) as answer:
+                    lines = [line for line, _ in zip(answer.iter_lines(), range(4 if leaves else 10**6)) if line]
+            except httpx2.ReadTimeout:
+                return "left", leaves, attempt
+            if answer.status_code != 429:
+                return answer.status_code, leaves or not body["stream"] or lines[-1], attempt
+            time.sleep(0.1)
+        raise AssertionError("no place in a thousand attempts")
+
+    # One client: each makes a TLS context of its own, and a crowd of them would leave the engine no time to compute.
+    with (
+        live_endpoint(config) as live,
+        httpx2.Client() as client,
+        concurrent.futures.ThreadPoolExecutor(16) as pool,
+    ):
+        outcomes = list(pool.map(ask, range(60)))
+        statuses = collections.Counter(status for status, _, _ in outcomes)
+        assert set(statuses) <= {200, "left"} and statuses[200] > 30, statuses
+        assert all(end in (True, "data: [DONE]") for _, end, _ in outcomes), outcomes
+        assert sum(attempt for _, _, attempt in outcomes) > 10, "the queue was never full"
+        assert live.is_empty()
