@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +25,7 @@ from kernels.cpu_linear import dtype_name
 
 NUM_PROMPTS, NUM_SHARED, NUM_OWN, NUM_NEW = 64, 256, 32, 64
 VOCAB = 49152
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -187,7 +188,7 @@ def arithmetic_floor_s(engine: Engine, *, shared: bool, rates: dict[str, float])
     num_prompt = NUM_SHARED + NUM_PROMPTS * NUM_OWN if shared else NUM_PROMPTS * (NUM_SHARED + NUM_OWN)
     num_new = NUM_PROMPTS * NUM_NEW
     flop = 2 * engine.decoder.num_linear_weights * (num_prompt + num_new)
-    flop += 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"] * num_new  # type: ignore[operator]
+    flop += 2 * SHAPE["vocab_size"] * SHAPE["hidden_size"] * num_new
     return flop / (rates[f"{dtype_name(engine.dtype)}_gemm_gflop_per_s"] * 1e9)
 
 

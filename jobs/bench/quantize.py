@@ -35,6 +35,7 @@ from actors.quantizers.layer_walk import walk
 from actors.quantizers.run import QuantizeSettings, quantize
 from actors.quantizers.sensitivity import Part, bytes_for_bits, choose_bits, measure_sensitivity
 from actors.requests import SamplingParams
+from jobs.bench.engine import SHAPE
 from jobs.bench.result import Bar, BenchResult
 from jobs.demo.evaluate import encode_prefix, encode_tickets
 from jobs.demo.tickets import make_tickets
@@ -53,18 +54,6 @@ MAX_LOGIT_ERROR = 1e-2
 MAX_LOAD_MEMORY = 1.15
 MARKERS = ("<!-- quality: written by jobs.bench.quantize -->", "<!-- /quality -->")
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 49152,
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": True,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 SHAPE_GROUP_SIZE = 64
 """The largest that divides 576."""
 
