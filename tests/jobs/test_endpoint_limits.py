@@ -111,11 +111,10 @@ def test_the_clients_own_retries_get_through_a_full_queue(narrow):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_gives_its_place_and_pages_back(narrow, stream):
-    ask = {**LONG, "stream": stream}
+    ask = {**LONG, "stream": stream, "max_tokens": 2000}
     if stream:
         with httpx2.stream("POST", f"{narrow.url}/v1/completions", json=ask) as answer:
             next(answer.iter_lines())
-            assert narrow.endpoint.desk.num_taken == 1
     else:
         with pytest.raises(httpx2.ReadTimeout):
             httpx2.post(f"{narrow.url}/v1/completions", json=ask, timeout=0.1)
