@@ -172,7 +172,7 @@ def quantize_command(
 
 @app.command("bench")
 def bench_command(
-    name: Annotated[str, typer.Argument(help="Which: engine, pipeline, speculation, quantize or plan.")],
+    name: Annotated[str, typer.Argument(help="Which; a name that is none lists them.")],
     keep: Annotated[str | None, typer.Option(help="Folder in which the JSON is kept too.")] = None,
 ) -> None:
     """Measure against a baseline in the same command; the last line is JSON."""
