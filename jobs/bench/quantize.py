@@ -180,7 +180,7 @@ def share_right(case: Case, engine: Engine, answers: Sequence[list[int]]) -> flo
 
 
 def case_bars(case: Case, rows: Sequence[Row], exact: float | None) -> list[Bar]:
-    """The issue's bars on one model."""
+    """The bars of one model."""
     by_method = {row.method: row for row in rows}
     kl = {method: row.quality.kl_mean for method, row in by_method.items()}
     bars = [Bar(f"KL mean {method}, {case.name}", kl[method].value, None, unit="nats") for method in kl]
