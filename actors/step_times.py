@@ -117,11 +117,6 @@ class StepTimes:
         return seconds
 
     @property
-    def linear_s_per_token(self) -> float:
-        """Seconds of a token through the linear layers, in the largest measured step."""
-        return self.curve_s[-1] / self.curve_tokens[-1]
-
-    @property
     def attention_s_per_read(self) -> float:
         """Seconds for one token of keys and values that is read."""
         return self.per_read_s + self.per_pair_s
