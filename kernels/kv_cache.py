@@ -7,6 +7,7 @@ Kwon et al. 2023 (PagedAttention). Shape letters as in kernels/attention_batch.p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,8 +85,11 @@ def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Tensor, v_pages_
     )
 
 
-def check_write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tensor, slots_T: Tensor) -> None:
-    """Refuse what does not belong together. Slots are not read: they must be distinct and in [0, P * S)."""
+def check_kv_shapes(
+    k_TKD: Tensor, v_TKD: Tensor, k_shape: Sequence[int], v_shape: Sequence[int], slots_T: Tensor
+) -> None:
+    """Refuse keys, values, pages [P, K, S, D] and slots whose shapes do not fit, whatever the pages hold. Slots are not
+    read: they must be distinct and in [0, P * S)."""
     num_tokens, num_kv_heads, head_dim = k_TKD.shape
     if v_TKD.shape != k_TKD.shape or k_TKD.stride(2) != 1 or v_TKD.stride(2) != 1:
         raise ValueError(
@@ -96,11 +100,17 @@ def check_write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tenso
         raise ValueError(
             f"write_kv: slots are {slots_T.dtype} {tuple(slots_T.shape)}; they must be int64 [{num_tokens}]"
         )
-    if k_pages.shape != v_pages.shape or k_pages.shape[1] != num_kv_heads or k_pages.shape[3] != head_dim:
+    if k_shape != v_shape or k_shape[1] != num_kv_heads or k_shape[3] != head_dim:
         raise ValueError(
-            f"write_kv: pages are {tuple(k_pages.shape)} and {tuple(v_pages.shape)}; "
+            f"write_kv: pages are {tuple(k_shape)} and {tuple(v_shape)}; "
             f"they must be [pages, {num_kv_heads}, slots, {head_dim}]"
         )
+
+
+def check_write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tensor, slots_T: Tensor) -> None:
+    """Refuse what does not belong together."""
+    check_kv_shapes(k_TKD, v_TKD, k_pages.shape, v_pages.shape, slots_T)
+    head_dim = k_TKD.shape[2]
     for name, pages in (("k", k_pages), ("v", v_pages)):
         if pages.stride(3) != 1 or pages.stride(2) != head_dim:
             raise ValueError(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
+from kernels.kv_cache import check_kv_shapes
 from kernels.on_demand import triton_kernel
 
 if TYPE_CHECKING:
@@ -99,32 +100,11 @@ def quantize(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
     return q_TKD, largest_TK / 127.0 + (x_TKD * 0.0).sum(-1)
 
 
-def check_write(
-    k_TKD: Tensor, v_TKD: Tensor, k_pages: QuantizedPages, v_pages: QuantizedPages, slots_T: Tensor
-) -> None:
-    """Refuse what does not belong together; slots as in kernels.kv_cache.check_write_kv."""
-    num_tokens, num_kv_heads, head_dim = k_TKD.shape
-    if v_TKD.shape != k_TKD.shape or k_TKD.stride(2) != 1 or v_TKD.stride(2) != 1:
-        raise ValueError(
-            f"write_kv: k is {tuple(k_TKD.shape)} and v {tuple(v_TKD.shape)}; "
-            "they must have one shape and a contiguous head dimension"
-        )
-    if slots_T.shape != (num_tokens,) or slots_T.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"write_kv: slots are {slots_T.dtype} {tuple(slots_T.shape)}; they must be int64 [{num_tokens}]"
-        )
-    if k_pages.shape != v_pages.shape or k_pages.shape[1] != num_kv_heads or k_pages.shape[3] != head_dim:
-        raise ValueError(
-            f"write_kv: pages are {tuple(k_pages.shape)} and {tuple(v_pages.shape)}; "
-            f"they must be [pages, {num_kv_heads}, slots, {head_dim}]"
-        )
-
-
 def write_quantized_kv_cpu(
     k_TKD: Tensor, v_TKD: Tensor, k_pages: QuantizedPages, v_pages: QuantizedPages, slots_T: Tensor
 ) -> None:
     """Quantise and write in place, in torch. Pages as new_quantized_pages lays them out on a CPU."""
-    check_write(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+    check_kv_shapes(k_TKD, v_TKD, k_pages.shape, v_pages.shape, slots_T)
     for x_TKD, pages in ((k_TKD, k_pages), (v_TKD, v_pages)):
         num_pages, num_kv_heads, page_size, head_dim = pages.shape
         q_TKD, scale_TK = quantize(x_TKD)
@@ -178,7 +158,7 @@ def write_quantized_kv_triton(
     k_TKD: Tensor, v_TKD: Tensor, k_pages: QuantizedPages, v_pages: QuantizedPages, slots_T: Tensor
 ) -> None:
     """Quantise and write in place. Any head dimension, number of heads, page size and strides of pages and heads."""
-    check_write(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+    check_kv_shapes(k_TKD, v_TKD, k_pages.shape, v_pages.shape, slots_T)
     num_tokens, num_heads, head_dim = k_TKD.shape
     if not num_tokens:
         return

@@ -31,6 +31,7 @@ from pipeline.prefix_plan import plan_shard
 from pipeline.shards import list_shards
 
 NUM_CHECKED = 2000
+NUM_SAMPLED = 200
 NUM_WARM_UP = 64
 NUM_RUNS = 3
 ROWS_BY_BATCH = {1: 64, 2: 96, 4: 128, 8: 256, 16: 384, 32: 512, 64: 1024, 128: 1536, 256: 1536}
@@ -76,6 +77,8 @@ def bench_speculation() -> BenchResult:
     share_equal, det_ratio = check_determinism(engine, requests[:NUM_CHECKED], console)
     bars = [Bar("rows equal with and without drafts, deterministic", share_equal, 1.0)]
     bars.append(Bar("time of deterministic mode over the normal one, batch 64", det_ratio, None, unit="x"))
+    share = share_that_differs(engine, requests[:NUM_SAMPLED])
+    bars.append(Bar("sampled rows that differ between batches of 64 and of 3 when not deterministic", share, None))
     config: dict[str, Any] = {"checked_rows": NUM_CHECKED, "rows": ROWS_BY_BATCH, "tokens_per_s": {}, "drafts": {}}
 
     index: list[dict[str, float]] = []
@@ -169,6 +172,23 @@ def check_determinism(engine: EngineConfig, requests: Sequence[Request], console
         answer(one, requests[:NUM_WARM_UP])
         seconds[name] = min(seconds.get(name, 1e9), answer(one, requests[NUM_WARM_UP:768])[1])
     return num_equal / len(mixed), seconds["deterministic"] / seconds["normal"]
+
+
+def share_that_differs(engine: EngineConfig, requests: Sequence[Request]) -> float:
+    """The share of rows whose tokens at temperature 1 are others in small batches and steps than in large ones."""
+    sampling = {"temperature": 1.0, "ignore_eos": True}
+    sampled = [
+        replace(request, sampling=request.sampling.model_copy(update=sampling), seed=derive_seed(2, i))
+        for i, request in enumerate(requests)
+    ]
+    small_steps = engine.model_copy(update={"max_num_batched_tokens": 64})
+    large, _ = answer(new_engine(engine, 64, SETTINGS["none"]), sampled)
+    small, _ = answer(new_engine(small_steps, 3, SETTINGS["none"]), sampled)
+    num_differing = sum(
+        [output[0] for output in large[r.request_id].outputs] != [output[0] for output in small[r.request_id].outputs]
+        for r in sampled
+    )
+    return num_differing / len(sampled)
 
 
 def measure(

@@ -214,6 +214,19 @@ METHODS = {
 }
 
 
+def make_engine(model, **speculative):
+    return Engine(
+        EngineConfig(
+            model=str(model),
+            dtype="float32",
+            page_size=8,
+            num_threads=1,
+            num_pages=256,
+            speculative_config=SpeculativeConfig(**speculative),
+        )
+    )
+
+
 def answer(engine, requests):
     for request in requests:
         engine.add(request)
@@ -227,18 +240,6 @@ def answer(engine, requests):
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_rows_are_answered_the_same_by_every_method(name, temperature, tiny_llama):
-    def engine(**settings):
-        return Engine(
-            EngineConfig(
-                model=str(tiny_llama),
-                dtype="float32",
-                page_size=8,
-                num_threads=1,
-                num_pages=256,
-                speculative_config=SpeculativeConfig(**settings),
-            )
-        )
-
     rng = random.Random(4)
     phrase = [rng.randrange(2, 97) for _ in range(12)]
     sampling = SamplingParams(temperature=temperature, max_tokens=30, ignore_eos=True)
@@ -246,7 +247,8 @@ def test_rows_are_answered_the_same_by_every_method(name, temperature, tiny_llam
         Request(f"r{i}", [*phrase, *rng.sample(range(2, 97), 5), *phrase], sampling, seed=i // 2) for i in range(12)
     ]
     again = [Request(f"again-{r.request_id}", r.prompt_token_ids, sampling, seed=r.seed) for r in requests]
-    expected, speculating = answer(engine(method="none"), requests + again), engine(**METHODS[name])
+    expected = answer(make_engine(tiny_llama, method="none"), requests + again)
+    speculating = make_engine(tiny_llama, **METHODS[name])
     # Rows that come a second time are drafted from what was answered before.
     found = answer(speculating, requests) | answer(speculating, again)
     assert {i: c.outputs[0].token_ids for i, c in found.items()} == {
@@ -261,7 +263,7 @@ def test_rows_are_answered_the_same_by_every_method(name, temperature, tiny_llam
 
 
 def test_a_drafter_that_fails_is_switched_off_and_rows_are_answered_all_the_same(tiny_llama, monkeypatch, caplog):
-    engine = Engine(EngineConfig(model=str(tiny_llama), dtype="float32", page_size=8, num_threads=1, num_pages=256))
+    engine = make_engine(tiny_llama)
     corpus = engine.speculation.corpus_index
 
     def explode(*arguments):
@@ -278,20 +280,8 @@ def test_a_drafter_that_fails_is_switched_off_and_rows_are_answered_all_the_same
 
 
 def test_the_index_of_one_engine_serves_another(tiny_llama):
-    def engine():
-        return Engine(
-            EngineConfig(
-                model=str(tiny_llama),
-                dtype="float32",
-                page_size=8,
-                num_threads=1,
-                num_pages=256,
-                speculative_config=SpeculativeConfig(method="corpus"),
-            )
-        )
-
     requests = [Request(f"r{i}", [5, 6, 7, 8 + i], SamplingParams(max_tokens=20, ignore_eos=True)) for i in range(3)]
-    first, second = engine(), engine()
+    first, second = (make_engine(tiny_llama, method="corpus") for _ in range(2))
     answer(first, requests)
     assert second.load_corpus_index(first.corpus_index())
     steps = second.stats.num_steps
