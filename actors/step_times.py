@@ -28,6 +28,9 @@ FEW_REQUESTS = 4
 PROMPT_TOKENS = 200
 """Tokens of a prompt in the prefill steps that are measured, at most, and that the best number of tokens is for."""
 
+FEWEST_BATCHED_TOKENS = 512
+"""The best number of tokens for a step is never below this, whatever was measured."""
+
 HALF_LIFE_STEPS = 50
 """After so many steps an observation weighs half, in `StepTimesTracker`."""
 
@@ -133,9 +136,11 @@ class StepTimes:
         """The most tokens of a prefill step, up to `limit`, whose tokens per second are within 3 % of the best.
 
         The most and not the fewest: prompts that come in several steps begin to be answered a few at a time, and each
-        step of few answers reads all weights (35 % more time for 32 prompts in steps of 256 tokens, measured).
+        step of few answers reads all weights (35 % more time for 32 prompts in steps of 256 tokens, measured). And at
+        least FEWEST_BATCHED_TOKENS: a noisy measurement must not leave a step without room for drafts beside prompts.
         """
-        candidates = np.array(sorted({n for n in self.curve_tokens if n < limit} | {limit}))
+        fewest = min(FEWEST_BATCHED_TOKENS, limit)
+        candidates = np.array(sorted({n for n in self.curve_tokens if fewest <= n < limit} | {limit}))
         num_prompts = np.maximum(1, candidates // PROMPT_TOKENS)
         rates = candidates / self.seconds(candidates, num_prompts, num_prompts, candidates, num_chunks=0)
         return int(candidates[rates * (1 + AS_GOOD) >= rates.max()][-1])

@@ -216,13 +216,24 @@ def dense_product(weight_NK: Tensor, form: str) -> Product:
     return lambda x, bias: multiply(x, packed, bias, "none", [], "")
 
 
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has a layout of its own for this dtype here: for 16 bits it asks for instructions of the CPU."""
+    if not (hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available()):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
 @functools.lru_cache(maxsize=256)
 def _choose_form(num_out: int, num_in: int, dtype: torch.dtype, num_threads: int) -> str:
     # Sizes are capped: which form wins does not change above, but the time to measure it does.
     weight_NK = torch.randn(min(num_out, 4096), min(num_in, 4096)).to(dtype)
     x_TK = torch.randn(DENSE_TOKENS, weight_NK.shape[1]).to(dtype)
     forms = ["plain"]
-    if hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.is_available():
+    if _packs(dtype):
         forms.append("packed")
     if dtype != torch.float32:
         forms.append("upcast")

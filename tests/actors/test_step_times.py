@@ -231,6 +231,9 @@ def test_the_best_number_of_tokens_is_the_largest_of_those_that_are_as_good():
     # Beyond 800 tokens something overflows, and each takes twice as long.
     overflowing = StepTimes(tokens, tuple(0.05 + 1e-4 * n + 1e-4 * max(0, n - 800) for n in tokens))
     assert overflowing.best_num_batched_tokens(8192) == 800
+    # A measurement that says that 100 tokens are best was disturbed.
+    disturbed = StepTimes(tokens, (0.01, 0.011, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2))
+    assert disturbed.best_num_batched_tokens(8192) >= 512
 
 
 def test_the_tracker_follows_a_machine_that_becomes_busy():

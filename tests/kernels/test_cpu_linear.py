@@ -1,5 +1,9 @@
 """Linear layers on a CPU: every form gives the product, and the choice is what was measured."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -24,6 +28,8 @@ def make_weight(num_out=48, num_in=128, group=32, asymmetric=False, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [1, 5, 67])
 def test_every_dense_form_gives_the_product(form, dtype, num_tokens):
+    if form == "packed" and not cpu_linear._packs(dtype):
+        pytest.skip("this CPU has no packed form of this dtype; CPUs with AVX-512 have")
     torch.manual_seed(num_tokens)
     weight, x = torch.randn(33, 70).to(dtype), torch.randn(num_tokens, 70).to(dtype)
     bias = torch.randn(33).to(dtype)
@@ -33,6 +39,16 @@ def test_every_dense_form_gives_the_product(form, dtype, num_tokens):
     # Twice the rounding of the result, scaled by the worst column.
     tolerance = 2 * torch.finfo(dtype).eps * expected.abs().amax() + (1e-5 if dtype == torch.float32 else 0)
     assert (actual.double() - expected).abs().amax() <= tolerance
+
+
+def test_a_cpu_without_instructions_for_bfloat16_multiplies_it_all_the_same():
+    program = (
+        "import torch; from kernels.cpu_linear import prepare_cpu_linear\n"
+        "linear = prepare_cpu_linear(torch.ones(64, 64), None, dtype=torch.bfloat16)\n"
+        "assert not linear.describe().startswith('packed'), linear.describe()\n"
+        "assert (linear(torch.ones(3, 64, dtype=torch.bfloat16)) == 64).all()\n"
+    )
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, check=True)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
