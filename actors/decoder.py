@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.architecture import LinearSpec
-from actors.checkpoint import Checkpoint
 from actors.config import EngineConfig
-from actors.quantization import concatenate, fitting_group_size, quantize_to_nearest
 from actors.rotary import resolve_max_model_len, rope_tables
+from actors.weights.checkpoint import Checkpoint
+from actors.weights.quantization import concatenate, fitting_group_size, quantize_to_nearest
 from kernels.attention_batch import AttentionBatch, new_kv_pages
 from kernels.backend import (
     Linear,

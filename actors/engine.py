@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from actors.checkpoint import load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
 from actors.cost_model import split_exactly
 from actors.decoder import Decoder, load_decoder
-from actors.draft_model import DraftModel, check_draft_model
-from actors.drafting import make_speculator
-from actors.grammar import Grammars
+from actors.drafters.draft_model import DraftModel, check_draft_model
+from actors.drafters.drafting import make_speculator
+from actors.drafters.grammar import Grammars
 from actors.requests import (
     Completion,
     DrafterStats,
@@ -40,6 +39,7 @@ from actors.sequence import Sequence
 from actors.speculation import Speculation
 from actors.step_measurement import Limits, load_or_measure_step_times
 from actors.stopping import finish_reason_of, text_of
+from actors.weights.checkpoint import load_tokenizer, open_checkpoint
 from kernels.cpu_linear import available_memory_bytes, dtype_name, fastest_cpu_dtype
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from actors.decoder import Decoder
-from actors.grammar import ban
+from actors.drafters.grammar import ban
 from actors.prefix_groups import group_by_prefix
 from actors.scheduler import StepPlan
 from actors.sequence import Sequence

@@ -14,7 +14,7 @@ from actors.prefix_tree import Node
 from actors.requests import FinishReason, Request, TokenLogprob, derive_seed
 
 if TYPE_CHECKING:
-    from actors.grammar import Matcher
+    from actors.drafters.grammar import Matcher
 
 
 @dataclass(slots=True, eq=False)

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from actors.config import SpeculativeConfig
-from actors.corpus_index import CorpusIndex
-from actors.drafting import Draft, Speculator
-from actors.grammar import GrammarDrafter
+from actors.drafters.corpus_index import CorpusIndex
+from actors.drafters.drafting import Draft, Speculator
+from actors.drafters.grammar import GrammarDrafter
 from actors.requests import DrafterStats
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence

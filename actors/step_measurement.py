@@ -352,7 +352,7 @@ def _version() -> str:
     """The version, and a digest of the engine's sources: they change more often than the version does."""
     digest = hashlib.blake2b(digest_size=8)
     for folder in (Path(__file__).parent, Path(cpu_linear.__file__).parent):
-        for path in sorted(folder.glob("*.py")):
+        for path in sorted(folder.rglob("*.py")):
             digest.update(path.read_bytes())
     return f"{importlib.metadata.version('shoal')} {digest.hexdigest()}"
 

@@ -1,7 +1,7 @@
 """What form an answer must have: a JSON schema, any JSON object, a regular expression, a choice or a grammar.
 
-Checks that a constraint can be followed before there is a tokenizer or a model; `actors.grammar` follows it. Part of
-the sampling parameters, so it is in a job's fingerprint, and a row may have its own.
+Checks that a constraint can be followed before there is a tokenizer or a model; `actors.drafters.grammar` follows it.
+Part of the sampling parameters, so it is in a job's fingerprint, and a row may have its own.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from actors.checkpoint import load_tokenizer
+from actors.weights.checkpoint import load_tokenizer
 from jobs.run import named_models
 from pipeline.job import Job, JobError, job_from_dict, load_job
 from pipeline.prompts import Renderer

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from actors.checkpoint import check_model, load_tokenizer
+from actors.weights.checkpoint import check_model, load_tokenizer
 from jobs.predicted import between
 from jobs.run import named_models
 from pipeline.corpus_sample import CorpusSample, sample_corpus

@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from actors.checkpoint import check_model, load_tokenizer
 from actors.config import EngineConfig
 from actors.quality import METRICS, Estimate, Part, Quality, QualityError, RowQuality, compare_configs, summarise
 from actors.requests import SamplingParams
+from actors.weights.checkpoint import check_model, load_tokenizer
 from jobs.run import named_models
 from pipeline.job import Job, JobError, explain_validation_error, job_from_dict, load_job
 from pipeline.parquet import to_parquet

@@ -17,10 +17,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from actors.checkpoint import Checkpoint, open_checkpoint
 from actors.quantizers.layer_rounding import CALIBRATED_METHODS
 from actors.quantizers.run import OnProgress, QuantizeResult, QuantizeSettings, quantize
 from actors.quantizers.sensitivity import Choice, Part, bytes_for_bits, choose_bits, measure_sensitivity
+from actors.weights.checkpoint import Checkpoint, open_checkpoint
 from jobs.calibration import Calibration, CalibrationColumns, read_calibration
 from jobs.run import named_models
 from pipeline.job import identify_model

@@ -24,9 +24,9 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.checkpoint import check_model, load_tokenizer, open_checkpoint, resolve_max_model_len
 from actors.config import EngineConfig
-from actors.draft_model import check_draft_model
+from actors.drafters.draft_model import check_draft_model
+from actors.weights.checkpoint import check_model, load_tokenizer, open_checkpoint, resolve_max_model_len
 from jobs.predicted import print_predicted, say_prediction
 from pipeline.answering import Worker
 from pipeline.graph import (

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray import serve
 
-from actors.checkpoint import check_model
+from actors.weights.checkpoint import check_model
 from jobs.endpoint.app import make_app
 from jobs.endpoint.config import EndpointConfig, load_endpoint
 from jobs.endpoint.endpoint import open_endpoint

@@ -125,7 +125,7 @@ def plan_blocks(spec_ref: Any, gate: Any, shard: Shard, found: frozenset[str]) -
 @lru_cache(maxsize=1)
 def _tokenizer(uri: str) -> Any:
     """Loading takes longer than planning a small shard, and a process plans many."""
-    from actors.checkpoint import load_tokenizer  # imports torch, for which a merge would wait too
+    from actors.weights.checkpoint import load_tokenizer  # imports torch, for which a merge would wait too
 
     return load_tokenizer(uri)
 

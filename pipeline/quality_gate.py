@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from actors.checkpoint import check_model, load_tokenizer
 from actors.config import EngineConfig
 from actors.quality import Estimate, Quality, QualityError, compare_configs, summarise
+from actors.weights.checkpoint import check_model, load_tokenizer
 from pipeline.job import Job, QualitySection, identify_model
 from pipeline.prompt_sample import sample_prompts
 from pipeline.prompts import Renderer

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from actors.checkpoint import open_filesystem
+from actors.weights.checkpoint import open_filesystem
 
 INDEX = "model.safetensors.index.json"
 COPIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken")

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.architecture import Architecture, LinearSpec
-from actors.checkpoint import Checkpoint
 from actors.rotary import rope_tables
+from actors.weights.checkpoint import Checkpoint
 from kernels.rope import rope_cpu
 
 BATCH_TOKENS = 4096

@@ -20,8 +20,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from actors.checkpoint import Checkpoint, CheckpointError
-from actors.quantization import GROUP_SIZES, fitting_group_size
 from actors.quantizers.checkpoint_writer import CheckpointWriter
 from actors.quantizers.grid import Grid, round_searched
 from actors.quantizers.layer_rounding import CALIBRATED_METHODS, RoundedLayer, round_layer
@@ -36,6 +34,8 @@ from actors.quantizers.layer_walk import (
     rms_norm,
 )
 from actors.quantizers.packing import packed_tensors, quantization_config
+from actors.weights.checkpoint import Checkpoint, CheckpointError
+from actors.weights.quantization import GROUP_SIZES, fitting_group_size
 
 Bits = Literal[3, 4, 8, 16]
 

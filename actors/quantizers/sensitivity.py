@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from actors.checkpoint import Checkpoint
 from actors.quantizers.grid import Grid, round_searched
 from actors.quantizers.layer_walk import (
     PARTS,
@@ -30,6 +29,7 @@ from actors.quantizers.layer_walk import (
     part_linears,
 )
 from actors.quantizers.run import OnProgress, QuantizeSettings, fitting_grid, kl_divergence
+from actors.weights.checkpoint import Checkpoint
 
 WIDTHS = (3, 4, 8)
 MAX_UNITS = 16384

@@ -18,9 +18,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from actors.checkpoint import load_tokenizer
 from actors.config import EngineConfig
 from actors.engine import Engine
+from actors.weights.checkpoint import load_tokenizer
 from actors.worker import EngineWorker
 from jobs.bench.result import Bar, BenchResult
 from jobs.demo.main import JOB_FILE

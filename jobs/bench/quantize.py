@@ -26,7 +26,6 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from actors.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.quality import Quality, compare, measure_reference, summarise
@@ -35,6 +34,7 @@ from actors.quantizers.layer_walk import walk
 from actors.quantizers.run import QuantizeSettings, quantize
 from actors.quantizers.sensitivity import Part, bytes_for_bits, choose_bits, measure_sensitivity
 from actors.requests import SamplingParams
+from actors.weights.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from jobs.bench.engine import SHAPE
 from jobs.bench.result import Bar, BenchResult
 from jobs.demo.evaluate import encode_prefix, encode_tickets

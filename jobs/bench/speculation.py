@@ -18,10 +18,10 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.checkpoint import load_tokenizer
 from actors.config import EngineConfig, SpeculativeConfig
 from actors.engine import Engine
 from actors.requests import Completion, Request, SamplingParams, derive_seed
+from actors.weights.checkpoint import load_tokenizer
 from jobs.bench.result import Bar, BenchResult
 from jobs.demo.main import JOB_FILE
 from jobs.demo.tickets import write_corpus

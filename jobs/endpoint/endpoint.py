@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from actors.checkpoint import load_tokenizer
 from actors.requests import Request as EngineRequest
 from actors.streamed_text import Detokenizer
+from actors.weights.checkpoint import load_tokenizer
 from actors.worker import EngineWorker
 from jobs.endpoint.config import EndpointConfig
 from jobs.endpoint.desk import Desk

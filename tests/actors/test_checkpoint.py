@@ -18,9 +18,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
-from actors.checkpoint import CheckpointError, check_model, load_tokenizer, open_checkpoint, open_filesystem
 from actors.config import EngineConfig
 from actors.decoder import load_decoder
+from actors.weights.checkpoint import CheckpointError, check_model, load_tokenizer, open_checkpoint, open_filesystem
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_a_remote_model_is_read_by_ranges_and_only_small_files_are_copied(
         return cat_file(self, path, start, end, **more)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", counting)
-    monkeypatch.setattr("actors.model_directory._RANGE_BYTES", 5000)
-    monkeypatch.setattr("actors.model_directory._RANGES_AT_ONCE", 3)
-    monkeypatch.setattr("actors.safetensors_headers._FIRST_READ_BYTES", 1000)
+    monkeypatch.setattr("actors.weights.model_directory._RANGE_BYTES", 5000)
+    monkeypatch.setattr("actors.weights.model_directory._RANGES_AT_ONCE", 3)
+    monkeypatch.setattr("actors.weights.safetensors_headers._FIRST_READ_BYTES", 1000)
     remote = open_checkpoint("memory://bucket/mistral")
     weight_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     assert sum(size for file, size in asked if file.endswith(".safetensors")) < weight_bytes / 10
@@ -165,7 +165,7 @@ def test_a_model_on_s3_is_read_through_the_endpoint_of_the_environment(
         filesystem.mkdir("models")
         for file in folder.iterdir():
             filesystem.pipe_file(f"models/tiny/{file.name}", file.read_bytes())
-        monkeypatch.setattr("actors.model_directory._RANGE_BYTES", 10_000)
+        monkeypatch.setattr("actors.weights.model_directory._RANGE_BYTES", 10_000)
         remote, local = open_checkpoint("s3://models/tiny"), open_checkpoint(str(folder))
         for name in local.names():
             assert torch.equal(remote.read(name), local.read(name))
@@ -224,7 +224,7 @@ def message_of(folder: Path | str) -> str:
 
 
 def test_a_good_model_passes_and_no_weight_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.checkpoint.Checkpoint.read", None)
+    monkeypatch.setattr("actors.weights.checkpoint.Checkpoint.read", None)
     check_model(str(folder))
     check_model(str(folder), max_model_len=256)
     with pytest.raises(ValueError, match="max_model_len=300 is above the 256 positions"):

@@ -13,9 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from actors.acceptance import Acceptance
-from actors.corpus_index import ENTRY_BYTES, MAX_LEARNING_SHARE, MAX_LOADED_COUNT, NUM_FREE_ANSWERS, CorpusIndex
-from actors.drafting import Draft
+from actors.drafters.acceptance import Acceptance
+from actors.drafters.corpus_index import (
+    ENTRY_BYTES,
+    MAX_LEARNING_SHARE,
+    MAX_LOADED_COUNT,
+    NUM_FREE_ANSWERS,
+    CorpusIndex,
+)
+from actors.drafters.drafting import Draft
 from actors.requests import Request, SamplingParams
 from actors.sequence import Sequence
 
@@ -212,8 +218,8 @@ def test_an_index_of_another_tokenizer_version_or_hash_is_refused(
 
 def test_an_index_saved_by_another_process_is_understood(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from actors.acceptance import Acceptance\n"
-        "from actors.corpus_index import CorpusIndex\n"
+        "import sys; from pathlib import Path; from actors.drafters.acceptance import Acceptance\n"
+        "from actors.drafters.corpus_index import CorpusIndex\n"
         "index = CorpusIndex(Acceptance())\n"
         "for _ in range(9): index.learn([7, 8, 20, 21, 22], 2)\n"
         "Path(sys.argv[1]).write_bytes(index.to_bytes())\n"

@@ -18,11 +18,11 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as torch_load_file
 from safetensors.torch import save_file as torch_save_file
 
-from actors.checkpoint import CheckpointError, load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
 from actors.decoder import Decoder, load_decoder
-from actors.quantization import quantize_to_nearest
 from actors.rotary import rope_tables
+from actors.weights.checkpoint import CheckpointError, load_tokenizer, open_checkpoint
+from actors.weights.quantization import quantize_to_nearest
 from kernels.int4_linear import dequantize
 
 NUM_STEPS = 24
@@ -452,7 +452,7 @@ def test_a_real_checkpoint_in_16_bits_continues_as_transformers_does(model_zoo: 
 
 MEASURE_PEAK = """
 import re, sys, torch
-from actors.checkpoint import open_checkpoint
+from actors.weights.checkpoint import open_checkpoint
 from actors.config import EngineConfig
 from actors.decoder import load_decoder
 

@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from actors.acceptance import Acceptance
 from actors.config import EngineConfig, SpeculativeConfig
-from actors.draft_model import DraftModel, check_draft_model
-from actors.drafting import Draft
+from actors.drafters.acceptance import Acceptance
+from actors.drafters.draft_model import DraftModel, check_draft_model
+from actors.drafters.drafting import Draft
 from actors.requests import Request, SamplingParams
 from actors.sequence import Sequence
 from kernels.backend import sample

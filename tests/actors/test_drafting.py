@@ -8,9 +8,9 @@ from collections.abc import Sequence as SequenceOf
 
 import pytest
 
-from actors.acceptance import Acceptance
 from actors.config import SpeculativeConfig
-from actors.drafting import Draft, Speculator, make_speculator
+from actors.drafters.acceptance import Acceptance
+from actors.drafters.drafting import Draft, Speculator, make_speculator
 from actors.requests import Request, SamplingParams
 from actors.sequence import Sequence
 

@@ -17,12 +17,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import actors.grammar
-from actors.acceptance import Acceptance
+import actors.drafters.grammar
 from actors.config import EngineConfig, SpeculativeConfig
-from actors.drafting import Speculator, make_speculator
+from actors.drafters.acceptance import Acceptance
+from actors.drafters.drafting import Speculator, make_speculator
+from actors.drafters.grammar import MAX_COMPILED, GrammarDrafter, Grammars, ban, read_tokenizer
 from actors.engine import Engine
-from actors.grammar import MAX_COMPILED, GrammarDrafter, Grammars, ban, read_tokenizer
 from actors.requests import Request, SamplingParams
 from actors.sequence import Sequence
 from actors.structured_outputs import MAX_GRAMMAR_BYTES, StructuredOutputs
@@ -422,7 +422,7 @@ def test_a_matcher_that_broke_on_what_others_left_starts_afresh(characters, monk
     grammars = Grammars(characters, VOCAB, [EOS])
     constraint = StructuredOutputs(regex="(a|b)*a(a|b){12}")
     tokens = characters.encode("abbabaabababbabbbaba")
-    monkeypatch.setattr(actors.grammar, "LIMITS", LLParserLimits(max_lexer_states=12, verbose_errors=False))
+    monkeypatch.setattr(actors.drafters.grammar, "LIMITS", LLParserLimits(max_lexer_states=12, verbose_errors=False))
     broken = grammars.new_matcher(constraint)
     monkeypatch.undo()
     whole = Grammars(characters, VOCAB, [EOS]).new_matcher(constraint)
@@ -435,7 +435,7 @@ def test_a_matcher_that_broke_on_what_others_left_starts_afresh(characters, monk
 
 
 def test_a_constraint_too_complex_to_follow_is_an_error_and_not_an_answer(characters, monkeypatch):
-    monkeypatch.setattr(actors.grammar, "LIMITS", LLParserLimits(max_lexer_states=12, verbose_errors=False))
+    monkeypatch.setattr(actors.drafters.grammar, "LIMITS", LLParserLimits(max_lexer_states=12, verbose_errors=False))
     matcher = Grammars(characters, VOCAB, [EOS]).new_matcher(StructuredOutputs(regex="(a|b)*a(a|b){12}"))
     for token in characters.encode("abbabaabababbabbbabaabbaba"):
         masks(matcher, [token])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 
-from actors.acceptance import Acceptance
-from actors.learned_copies import MAX_CUES, MAX_PLACES, CopiedFrom, LearnedCopies
-from actors.prompt_lookup import to_code_points
+from actors.drafters.acceptance import Acceptance
+from actors.drafters.learned_copies import MAX_CUES, MAX_PLACES, CopiedFrom, LearnedCopies
+from actors.drafters.prompt_lookup import to_code_points
 
 PLACE = [20, 21, 22, 23]
 END = [90, 91]

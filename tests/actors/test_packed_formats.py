@@ -16,9 +16,9 @@ from packed_encoder import (
 )
 
 from actors.architecture import CheckpointError, LinearSpec
-from actors.packed_formats import PackedFormat
-from actors.packed_weights import UnpackedWeight, unpack_weight
-from actors.quantization_config import parse_quantization
+from actors.weights.packed_formats import PackedFormat
+from actors.weights.packed_weights import UnpackedWeight, unpack_weight
+from actors.weights.quantization_config import parse_quantization
 from kernels.int4_linear import dequantize
 
 

@@ -23,9 +23,9 @@ from packed_encoder import (
 from paged_run import PagedRun
 from safetensors.numpy import load_file, save_file
 
-from actors.checkpoint import CheckpointError, open_checkpoint, open_filesystem
 from actors.config import EngineConfig
 from actors.decoder import Decoder, _Loader, load_decoder
+from actors.weights.checkpoint import CheckpointError, open_checkpoint, open_filesystem
 from kernels.int4_linear import QuantizedWeight, dequantize
 
 SIZES = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 8}
@@ -280,7 +280,7 @@ def test_a_packed_model_is_read_from_s3_by_ranges_without_a_copy(
     for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("actors.model_directory._RANGE_BYTES", 5000)
+    monkeypatch.setattr("actors.weights.model_directory._RANGE_BYTES", 5000)
     server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     try:
@@ -433,7 +433,7 @@ def test_a_bias_of_zeros_where_there_is_none_is_passed_over_and_one_that_counts_
 
 MEASURE_PEAK = """
 import re, sys, torch
-from actors.checkpoint import open_checkpoint
+from actors.weights.checkpoint import open_checkpoint
 from actors.config import EngineConfig
 from actors.decoder import load_decoder
 

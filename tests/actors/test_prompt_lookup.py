@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from actors.acceptance import Acceptance
-from actors.drafting import Draft, Speculator
-from actors.prompt_lookup import COPIED_PER_AGREED, MAX_AGREED, PromptLookup
+from actors.drafters.acceptance import Acceptance
+from actors.drafters.drafting import Draft, Speculator
+from actors.drafters.prompt_lookup import COPIED_PER_AGREED, MAX_AGREED, PromptLookup
 from actors.requests import Request, SamplingParams
 from actors.sequence import Sequence
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.quantization import CLIP_RATIOS, concatenate, fitting_group_size, quantize_to_nearest
+from actors.weights.quantization import CLIP_RATIOS, concatenate, fitting_group_size, quantize_to_nearest
 from kernels.int4_linear import QuantizedWeight, dequantize
 
 
@@ -57,7 +57,7 @@ def test_weights_on_an_int4_grid_come_back_exactly() -> None:
 def test_rounding_in_pieces_and_from_16_bits_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(50, 64).bfloat16()
     whole = quantize_to_nearest(weight.float(), 32)
-    monkeypatch.setattr("actors.quantization.MAX_ROUNDED_VALUES", 64 * 7)
+    monkeypatch.setattr("actors.weights.quantization.MAX_ROUNDED_VALUES", 64 * 7)
     pieces = quantize_to_nearest(weight, 32)
     assert torch.equal(pieces.q_NK, whole.q_NK) and torch.equal(pieces.scale_NG, whole.scale_NG)
 

@@ -11,7 +11,6 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from safetensors.torch import load_file, save_file
 
-from actors.checkpoint import CheckpointError, open_checkpoint
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.quantizers.awq import output_error, scale_channels
@@ -26,6 +25,7 @@ from actors.quantizers.rtn import quantize_rtn
 from actors.quantizers.run import QuantizeSettings, quantize
 from actors.quantizers.sensitivity import Choice, bytes_for_bits, choose_bits, measure_sensitivity
 from actors.requests import SamplingParams
+from actors.weights.checkpoint import CheckpointError, open_checkpoint
 
 CPU = torch.device("cpu")
 FAMILIES: list[tuple[str, dict[str, Any]]] = [

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from actors.config import EngineConfig, SpeculativeConfig
-from actors.drafting import Draft, Speculator
+from actors.drafters.drafting import Draft, Speculator
 from actors.engine import Engine
 from actors.requests import Request, SamplingParams
 from actors.scheduler import StepPlan

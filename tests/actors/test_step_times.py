@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from actors import step_measurement
-from actors.checkpoint import open_checkpoint
 from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.requests import SamplingParams
@@ -24,6 +23,7 @@ from actors.step_measurement import (
     shapes_to_measure,
 )
 from actors.step_times import MeasuredStep, StepTimes, StepTimesTracker, fit_step_times
+from actors.weights.checkpoint import open_checkpoint
 
 LIMITS = Limits(num_pages=8192, page_size=64, max_num_seqs=256, max_num_batched_tokens=4096, max_model_len=2048)
 FIGURES = ("num_tokens", "num_requests", "num_logit_rows", "num_read", "num_drawn", "num_chunks")

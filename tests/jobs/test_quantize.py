@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.checkpoint import open_checkpoint
+from actors.weights.checkpoint import open_checkpoint
 from jobs import cli
 from jobs.bench.quantize import MARKERS, is_decoded_alike, markdown, paste_table
 from jobs.calibration import Calibration, CalibrationColumns, read_calibration

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from actors.checkpoint import load_tokenizer
 from actors.config import EngineConfig
 from actors.requests import Request, SamplingParams
 from actors.scheduler import Scheduler
 from actors.sequence import Sequence
 from actors.step_times import StepTimes
+from actors.weights.checkpoint import load_tokenizer
 from pipeline.corpus_sample import CorpusSample, ShardSample, sample_corpus
 from pipeline.corpus_totals import totals_of
 from pipeline.device_profile import DeviceProfile, find_profile, keep_profile, read_profile

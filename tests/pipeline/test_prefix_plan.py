@@ -250,7 +250,7 @@ def test_ten_thousand_rows_of_three_hundred_tokens_are_planned_in_seconds():
     ],
 )
 def test_real_corpora_are_planned_with_each_row_once(folder, columns):
-    from actors.checkpoint import load_tokenizer
+    from actors.weights.checkpoint import load_tokenizer
 
     if not (SHARED / "corpora" / folder).exists():
         pytest.skip("needs shared/corpora beside the checkout")

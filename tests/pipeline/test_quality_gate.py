@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.quality_gate as gate
-from actors.checkpoint import load_tokenizer
+from actors.weights.checkpoint import load_tokenizer
 from jobs import cli
 from pipeline.job import JobError, job_from_dict, load_job
 from pipeline.prompt_sample import sample_prompts

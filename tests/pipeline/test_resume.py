@@ -13,8 +13,8 @@ import pytest
 from driver import Driver, undisturbed_responses
 from fake_worker import ACCEPTED, DRAFTED, FakeWorkers, LocalGate, answer_to
 
-from actors.checkpoint import load_tokenizer
 from actors.config import EngineConfig
+from actors.weights.checkpoint import load_tokenizer
 from jobs.run import run
 from jobs.status import status
 from pipeline.admission import Admission

@@ -13,7 +13,7 @@ from typing import Self
 
 import psutil
 
-from actors.checkpoint import load_tokenizer
+from actors.weights.checkpoint import load_tokenizer
 from actors.worker import EngineWorker
 from pipeline.job import Job
 from pipeline.prefix_plan import plan_shard

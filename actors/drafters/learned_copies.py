@@ -3,8 +3,8 @@
 Extraction answers branch where a name or a number of the row comes, and no row before this one had it. But it mostly
 stands behind the same few words ("order no. ", "invoice "). For each place in the answers that branches, pairs of
 prompt tokens (cues) are learnt that stand before what is copied, how often each was right, how a copy starts (" Q" in
-the prompt is "Q" in the answer) and which token follows it. Part of `actors.corpus_index`; knows one prompt at a
-time, as a string of code points.
+the prompt is "Q" in the answer) and which token follows it. Part of `actors.drafters.corpus_index`; knows one
+prompt at a time, as a string of code points.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.acceptance import WEAK_CHANCE, Acceptance
+from actors.drafters.acceptance import WEAK_CHANCE, Acceptance
 
 CONTEXT = 4
 """Tokens before a place by which it is known again."""

@@ -18,12 +18,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from actors.architecture import Architecture, CheckpointError, LinearSpec, architecture_name, read_architecture
-from actors.model_directory import Directory, open_directory, open_filesystem
-from actors.packed_formats import FLOATS, LayerRules, PackedFormat
-from actors.packed_weights import UnpackedWeight, unpack_weight
-from actors.quantization_config import parse_quantization
 from actors.rotary import resolve_max_model_len, rope_type
-from actors.safetensors_headers import DTYPES, StoredTensor, read_headers
+from actors.weights.model_directory import Directory, open_directory, open_filesystem
+from actors.weights.packed_formats import FLOATS, LayerRules, PackedFormat
+from actors.weights.packed_weights import UnpackedWeight, unpack_weight
+from actors.weights.quantization_config import parse_quantization
+from actors.weights.safetensors_headers import DTYPES, StoredTensor, read_headers
 
 __all__ = [
     "Checkpoint",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from actors.architecture import CheckpointError
-from actors.model_directory import INDEX, Directory
+from actors.weights.model_directory import INDEX, Directory
 
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_HEADER_BYTES = 100 << 20

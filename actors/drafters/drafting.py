@@ -16,15 +16,15 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
-from actors.acceptance import WEAK_CHANCE, Acceptance
 from actors.config import SpeculativeConfig
-from actors.corpus_index import CorpusIndex
-from actors.grammar import GrammarDrafter
-from actors.prompt_lookup import PromptLookup
+from actors.drafters.acceptance import WEAK_CHANCE, Acceptance
+from actors.drafters.corpus_index import CorpusIndex
+from actors.drafters.grammar import GrammarDrafter
+from actors.drafters.prompt_lookup import PromptLookup
 from actors.sequence import Sequence
 
 if TYPE_CHECKING:
-    from actors.draft_model import DraftModel
+    from actors.drafters.draft_model import DraftModel
 
 logger = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from actors.structured_outputs import LIMITS, StructuredOutputs, call_library
 
 if TYPE_CHECKING:
-    from actors.acceptance import Acceptance
-    from actors.drafting import Draft
+    from actors.drafters.acceptance import Acceptance
+    from actors.drafters.drafting import Draft
     from actors.sequence import Sequence
 
 MAX_COMPILED = 64

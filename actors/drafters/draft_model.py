@@ -2,8 +2,8 @@
 
 It has a decoder and KV pages of its own, under the same page numbers as the target's: what the scheduler shares between
 sequences is shared here too. Its tokens are drawn with the target's noise, so where the two distributions agree, so do
-the tokens. Knows no scheduler; `actors.drafting` asks it for drafts, the engine copies and clears slots here as it does
-in the target's pages.
+the tokens. Knows no scheduler; `actors.drafters.drafting` asks it for drafts, the engine copies and clears slots here
+as it does in the target's pages.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actors.acceptance import MIN_SURVIVAL, Acceptance
-from actors.checkpoint import load_tokenizer, open_checkpoint
 from actors.config import EngineConfig
 from actors.decoder import Decoder, KVPages, load_decoder
+from actors.drafters.acceptance import MIN_SURVIVAL, Acceptance
 from actors.prefix_groups import group_by_prefix
 from actors.sequence import Sequence
+from actors.weights.checkpoint import load_tokenizer, open_checkpoint
 from kernels.attention_batch import AttentionBatch
 from kernels.backend import sample
 from kernels.sampling import SamplingBatch
 
 if TYPE_CHECKING:
-    from actors.drafting import Draft
+    from actors.drafters.drafting import Draft
 
 _TENTHS = 10
 """Cells of confidence, by the draft's own probability of its token."""

@@ -2,7 +2,7 @@
 
 A table of cells: drafters put tokens that they trust alike into one cell, and each cell counts how many of its tokens
 were judged and accepted, old ones fading. The chance of a cell is conditional: that a token is accepted given that all
-before it in its draft were. Knows no tokens and no drafters; `actors.drafting` updates it.
+before it in its draft were. Knows no tokens and no drafters; `actors.drafters.drafting` updates it.
 """
 
 from __future__ import annotations

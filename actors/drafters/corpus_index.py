@@ -4,7 +4,7 @@ Rows of one corpus are asked the same thing, so their answers repeat each other'
 for contexts of one to eight tokens, the most frequent next token; a draft walks it token by token. Contexts reach back
 into the prompt's tail (the end of a chat template), so the start of an answer is drafted too. A longer context is
 learnt only where a shorter one has been seen to be ambiguous, which keeps the index small and quick to build. Where
-nothing is sure, `actors.learned_copies` may know what part of the prompt comes next.
+nothing is sure, `actors.drafters.learned_copies` may know what part of the prompt comes next.
 
 Related: REST (arXiv 2311.08252) and SuffixDecoding (arXiv 2411.04975) keep whole answers. Knows no files: `to_bytes`
 and `merge_bytes` are for whoever saves it.
@@ -22,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actors.acceptance import MIN_SURVIVAL, WEAK_CHANCE, Acceptance
-from actors.learned_copies import CopiedFrom, LearnedCopies
-from actors.prompt_lookup import to_code_points
+from actors.drafters.acceptance import MIN_SURVIVAL, WEAK_CHANCE, Acceptance
+from actors.drafters.learned_copies import CopiedFrom, LearnedCopies
+from actors.drafters.prompt_lookup import to_code_points
 from actors.sequence import Sequence
 
 if TYPE_CHECKING:
-    from actors.drafting import Draft
+    from actors.drafters.drafting import Draft
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from actors.architecture import CheckpointError, LinearSpec
-from actors.packed_formats import PackedFormat
-from actors.quantization import GROUP_SIZES, fitting_group_size
+from actors.weights.packed_formats import PackedFormat
+from actors.weights.quantization import GROUP_SIZES, fitting_group_size
 from kernels.int4_linear import QuantizedWeight, dequantize_groups
 
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from actors.architecture import CheckpointError
-from actors.packed_formats import LayerRules, PackedFormat
+from actors.weights.packed_formats import LayerRules, PackedFormat
 
 SUPPORTED_FORMATS = (
     "gptq (checkpoint_format gptq or gptq_v2; 3, 4 or 8 bits)",

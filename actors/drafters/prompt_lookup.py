@@ -12,11 +12,11 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
-from actors.acceptance import MIN_SURVIVAL, Acceptance
+from actors.drafters.acceptance import MIN_SURVIVAL, Acceptance
 from actors.sequence import Sequence
 
 if TYPE_CHECKING:
-    from actors.drafting import Draft
+    from actors.drafters.drafting import Draft
 
 NUM_PLACES = 1021
 """Places, told apart by the three tokens before them, whose first copied tokens have a record of their own: where the

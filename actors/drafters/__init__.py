@@ -1,0 +1,1 @@
+"""What guesses tokens: each drafter, and how their guesses are combined and judged."""
