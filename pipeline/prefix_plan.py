@@ -28,10 +28,15 @@ _BORDER_SEARCH = 0.25
 
 IntArray = NDArray[np.int32]
 
-_ROWS_SCHEMA = pa.schema(
+ROW_BITS = 40
+"""A row key is the number of its shard, times 2**40, plus the row's index in it: one integer for a row of a corpus."""
+
+ROWS_SCHEMA = pa.schema(
     [
         ("row_index", pa.int64()),
+        ("shard_index", pa.int32()),
         ("prompt_token_ids", pa.list_(pa.int32())),
+        ("shared_prefix_tokens", pa.int32()),
         ("sampling_overrides", pa.string()),
         ("seed", pa.int64()),
         ("error", pa.struct([("kind", pa.string()), ("message", pa.string())])),
@@ -42,8 +47,12 @@ _ROWS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class PlannedRow:
-    """One row ready for an engine, or its error. `row_index` counts the shard's rows from 0; `duplicates` are the
-    rows that get the same answer without being computed."""
+    """One row ready for an engine, or its error. `row_index` counts its shard's rows from 0.
+
+    shard_index: which of its slice's `shards` it is of; 0 in a slice of one shard. duplicates: the keys of the rows
+    that get the same answer without being computed; in a slice of one shard a key is the row's index.
+    shared_prefix_tokens: how many first tokens are those of the row before in the plan.
+    """
 
     row_index: int
     prompt_token_ids: list[int]
@@ -51,6 +60,13 @@ class PlannedRow:
     seed: int
     error: RowError | None = None
     duplicates: list[int] = field(default_factory=list)
+    shard_index: int = 0
+    shared_prefix_tokens: int = 0
+
+    @property
+    def key(self) -> int:
+        """One number that no other row of the slice has."""
+        return row_key(self.shard_index, self.row_index)
 
     def sampling(self, base: SamplingParams) -> SamplingParams:
         """The job's sampling parameters with the row's own laid over them (they were checked when planned)."""
@@ -61,12 +77,14 @@ class PlannedRow:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Consecutive rows of a shard's plan; each input row is in exactly one slice, as a row or as a duplicate.
+    """Consecutive rows of a plan; each input row is in exactly one slice, as a row or as a duplicate.
 
+    shard, etag: of a corpus plan's slice, the word for the corpus and the digest of its shards' versions.
     plan_id: digest of the shard's version and of all its slices' rows; equal exactly where slice `index` of two
         plans means the same rows, so names of slice objects carry it.
     achievable_prefix_tokens: prompt tokens of these rows that are also the beginning of the row before in the
         plan, and so need not be computed by an engine that keeps one path.
+    shards: the shards that rows of a corpus plan's slice are of, by their `shard_index`; empty if there is one only.
     """
 
     shard: str
@@ -76,16 +94,17 @@ class Slice:
     rows: list[PlannedRow]
     plan_id: str = ""
     achievable_prefix_tokens: int = 0
+    shards: tuple[str, ...] = ()
 
     @property
     def row_indices(self) -> list[int]:
-        """All input rows that this slice answers, duplicates included, ascending."""
-        return sorted(index for row in self.rows for index in (row.row_index, *row.duplicates))
+        """The keys of all input rows that this slice answers, duplicates included, ascending."""
+        return sorted(key for row in self.rows for key in (row.key, *row.duplicates))
 
     def requests(self, sampling: SamplingParams) -> list[Request]:
-        """The engine's requests, one per row without an error, in plan order; their id is the row index."""
+        """The engine's requests, one per row without an error, in plan order; their id is the row's key."""
         return [
-            Request(str(row.row_index), row.prompt_token_ids, row.sampling(sampling), row.seed)
+            Request(str(row.key), row.prompt_token_ids, row.sampling(sampling), row.seed)
             for row in self.rows
             if row.error is None
         ]
@@ -99,20 +118,23 @@ class Slice:
             "num_slices": self.num_slices,
             "plan_id": self.plan_id,
             "achievable_prefix_tokens": self.achievable_prefix_tokens,
+            "shards": self.shards,
         }
         rows = self.rows
         columns = [
             pa.array([row.row_index for row in rows], pa.int64()),
+            pa.array([row.shard_index for row in rows], pa.int32()),
             pa.array([row.prompt_token_ids for row in rows], pa.list_(pa.int32())),
+            pa.array([row.shared_prefix_tokens for row in rows], pa.int32()),
             pa.array([row.sampling_overrides for row in rows], pa.string()),
             pa.array([row.seed for row in rows], pa.int64()),
             pa.array(
                 [row.error and {"kind": row.error.kind, "message": row.error.message} for row in rows],
-                _ROWS_SCHEMA.field("error").type,
+                ROWS_SCHEMA.field("error").type,
             ),
-            pa.array([row.duplicates for row in rows], _ROWS_SCHEMA.field("duplicates").type),
+            pa.array([row.duplicates for row in rows], ROWS_SCHEMA.field("duplicates").type),
         ]
-        schema = _ROWS_SCHEMA.with_metadata({"slice": json.dumps(head)})
+        schema = ROWS_SCHEMA.with_metadata({"slice": json.dumps(head)})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_stream(sink, schema) as writer:
             writer.write_batch(pa.record_batch(columns, schema=schema))
@@ -123,18 +145,16 @@ class Slice:
         with pa.ipc.open_stream(data) as reader:
             head = json.loads(reader.schema.metadata[b"slice"])
             table = reader.read_all()
-        rows = [
-            PlannedRow(
-                row_index=row["row_index"],
-                prompt_token_ids=row["prompt_token_ids"],
-                sampling_overrides=row["sampling_overrides"],
-                seed=row["seed"],
-                error=row["error"] and RowError(**row["error"]),
-                duplicates=row["duplicates"],
-            )
-            for row in table.to_pylist()
-        ]
-        return cls(rows=rows, **head)
+        return cls(rows=read_rows(table), **{**head, "shards": tuple(head["shards"])})
+
+
+def read_rows(table: pa.Table) -> list[PlannedRow]:
+    """The rows of a table of ROWS_SCHEMA."""
+    return [PlannedRow(**{**row, "error": row["error"] and RowError(**row["error"])}) for row in table.to_pylist()]
+
+
+def row_key(shard_index: int, row_index: int) -> int:
+    return shard_index << ROW_BITS | row_index
 
 
 @dataclass(slots=True)
@@ -167,7 +187,7 @@ class ShardPlan:
             etag=self.shard.etag,
             index=index,
             num_slices=self.num_slices,
-            rows=[row.to_planned() for row in self._rows[start:end]],
+            rows=[row.to_planned(int(shared)) for row, shared in zip(self._rows[start:end], self._shared[start:end])],
             plan_id=self.plan_id,
             achievable_prefix_tokens=int(self._shared[start:end].sum()),
         )
@@ -217,9 +237,15 @@ class PackedRow:
     error: RowError | None
     duplicates: list[int] = field(default_factory=list)
 
-    def to_planned(self) -> PlannedRow:
+    def to_planned(self, shared_prefix_tokens: int) -> PlannedRow:
         return PlannedRow(
-            self.row_index, self.token_ids.tolist(), self.overrides, self.seed, self.error, self.duplicates
+            self.row_index,
+            self.token_ids.tolist(),
+            self.overrides,
+            self.seed,
+            self.error,
+            self.duplicates,
+            shared_prefix_tokens=shared_prefix_tokens,
         )
 
 
