@@ -9,42 +9,57 @@ from collections.abc import Sequence
 
 from kernels.attention_batch import PrefixGroup
 
+NESTING_PAGES = 8
+"""What a group inside of another costs, in pages read: it is a partial result more to merge for each of its tokens."""
+
 
 def group_by_prefix(
     page_tables: Sequence[Sequence[int]], num_shareable: Sequence[int]
 ) -> tuple[list[int], list[PrefixGroup]]:
-    """Return the order in which to run requests, and disjoint groups whose indices refer to that order.
+    """Return the order in which to run requests, and groups whose indices refer to that order.
 
     num_shareable[b]: how many of request b's first pages are full and precede all of its query tokens. Of nested
-    prefixes (a system prompt, below it documents) that level is taken at which the most page reads are saved.
+    prefixes (a system prompt, below it documents) those levels become groups that save the most page reads in all.
     """
     prefixes = [tuple(table[:count]) for table, count in zip(page_tables, num_shareable)]
     order = sorted(range(len(prefixes)), key=lambda request: prefixes[request])
-    ordered = [prefixes[request] for request in order]
-    _, groups = _best_groups(ordered, 0, len(ordered), 0)
+    _, groups = _best_groups([prefixes[request] for request in order], 0, len(order), 0, 0)
     return order, groups
 
 
-def _best_groups(prefixes: list[tuple[int, ...]], start: int, stop: int, depth: int) -> tuple[int, list[PrefixGroup]]:
-    """The best groups of sorted prefixes [start, stop), which agree on their first `depth` pages, and pages saved."""
+def _best_groups(
+    prefixes: list[tuple[int, ...]], start: int, stop: int, depth: int, taken: int
+) -> tuple[int, list[PrefixGroup]]:
+    """The best groups of sorted prefixes [start, stop), and pages saved.
+
+    They agree on their first `depth` pages, of which the first `taken` are in a group around them already.
+    """
     if stop - start < 2:
         return 0, []
     first, last = prefixes[start], prefixes[stop - 1]
     while depth < min(len(first), len(last)) and first[depth] == last[depth]:
         depth += 1
-    saved_as_one = (stop - start - 1) * depth
+    saved, groups = _best_below(prefixes, start, stop, depth, taken)
+    saved_here = (stop - start - 1) * (depth - taken) - (NESTING_PAGES if taken else 0)
+    if saved_here > 0:
+        saved_inside, inside = _best_below(prefixes, start, stop, depth, depth)
+        if saved_here + saved_inside >= saved:
+            return saved_here + saved_inside, [PrefixGroup(start, stop - start, first[taken:depth], taken), *inside]
+    return saved, groups
 
-    saved_below, groups_below = 0, []
-    begin = start
+
+def _best_below(
+    prefixes: list[tuple[int, ...]], start: int, stop: int, depth: int, taken: int
+) -> tuple[int, list[PrefixGroup]]:
+    """The best groups among those of [start, stop) that also agree on the page behind the first `depth`."""
+    total, groups, begin = 0, [], start
     while begin < stop:
         end = begin + 1
         if len(prefixes[begin]) > depth:
             while end < stop and prefixes[end][depth] == prefixes[begin][depth]:
                 end += 1
-            saved, groups = _best_groups(prefixes, begin, end, depth + 1)
-            saved_below += saved
-            groups_below += groups
+            saved, found = _best_groups(prefixes, begin, end, depth + 1, taken)
+            total += saved
+            groups += found
         begin = end
-    if saved_as_one and saved_as_one >= saved_below:
-        return saved_as_one, [PrefixGroup(start, stop - start, first[:depth])]
-    return saved_below, groups_below
+    return total, groups

@@ -18,14 +18,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
-    """Requests `first_request .. first_request + num_requests - 1` of a step share their first pages.
+    """Requests `first_request .. first_request + num_requests - 1` of a step share pages.
 
-    `page_ids` are full pages whose tokens all precede every query token of the group, so no mask is needed on them.
+    `page_ids` are their pages from number `first_page` on: full ones whose tokens all precede every query token of the
+    group, so no mask is needed on them. Of nested groups each has the pages that follow those of the group around it.
     """
 
     first_request: int
     num_requests: int
     page_ids: Sequence[int]
+    first_page: int = 0
 
 
 @dataclass(slots=True)
@@ -35,8 +37,8 @@ class AttentionBatch:
     query_lens[b]: tokens of request b in this step (1 for decode, more for prefill or verification), at least 1.
     context_lens[b]: its tokens in the cache once this step's are written; the last query_lens[b] are its queries.
     page_ids[b]: its pages in order; token i of the request is slot i % S of page page_ids[b][i // S].
-    groups: disjoint, ascending by first_request, each of at least two requests; requests outside of any group
-        attend alone. Purely an optimisation: the result is the same without.
+    groups: each of at least two requests, ascending by first_request, disjoint or one inside the other (the outer one
+        first); requests outside of any group attend alone. Purely an optimisation: the result is the same without.
     """
 
     query_lens: list[int]

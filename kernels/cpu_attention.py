@@ -136,7 +136,10 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype, num_grouped: int) -> _Plan:
     contexts = []
     for group in batch.groups:
         stop = group.first_request + group.num_requests
-        num_shared_pages[group.first_request : stop] = [len(group.page_ids)] * group.num_requests
+        end = group.first_page + len(group.page_ids)
+        num_shared_pages[group.first_request : stop] = [
+            end
+        ] * group.num_requests  # an inner group comes after its outer
         pages = _as_slice(group.page_ids)
         contexts.append(_Context(first_rows[group.first_request], first_rows[stop], pages, len(group.page_ids) * size))
 

@@ -44,8 +44,10 @@ def _write_kv_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
-    inside = (head < num_heads) & (column < head_dim)
     slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
+    inside = (head < num_heads) & (column < head_dim)
     page, offset = slot // page_size, slot % page_size
     in_page = offset * head_dim + column
     key = tl.load(k + token * k_stride_token + head * k_stride_head + column, mask=inside)
@@ -55,7 +57,10 @@ def _write_kv_kernel(
 
 
 def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Tensor, v_pages_PKSD: Tensor, slots_T: Tensor) -> None:
-    """Write in place. Any head dimension, number of heads and page size; see check_write_kv for the strides."""
+    """Write in place; a slot of -1 writes nothing. Any head dimension, number of heads and page size.
+
+    See check_write_kv for the strides.
+    """
     check_write_kv(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
     num_tokens, num_heads, head_dim = k_TKD.shape
     if not num_tokens:

@@ -3,17 +3,8 @@
     o[t, n] = sum_j softmax_j(scale q[t, n] . k[j, n / G]) v[j, n / G],    t's position - window < j <= t's position
 
 Kwon et al. 2023 (PagedAttention), Dao 2023 (FlashAttention-2, split keys merged by log-sum-exp). The work of a step is
-cut into parts. A part lets consecutive query tokens, with the G query heads of a key/value head side by side as
-rows, attend to one range of one page table:
-
-- a request with at most 16 rows (decode, a few draft tokens) gets one part per SMALL_SPLIT tokens of its context;
-- a longer chunk gets one part per tile of its query tokens, over the whole context, as its tiles fill the device;
-- a prefix group attends its shared pages once, in one part per tile of all its query tokens and LARGE_SPLIT tokens;
-  its requests have parts of their own for what follows.
-
-Where a token was in several parts, a second kernel merges them in a fixed order. All sizes are fixed, and no tile is
-chosen by the rest of the batch: a row's result depends on its own query tokens and context, and on whether it is in a
-group, but not on how many rows are beside it.
+cut into parts by kernels/attention_plan.py: some query tokens against a range of a page table. Where a token was in
+several parts, a second kernel merges them in a fixed order.
 
 Shape letters as in kernels/attention_batch.py; G = N / K, R query rows of a tile.
 """
@@ -21,24 +12,19 @@ Shape letters as in kernels/attention_batch.py; G = N / K, R query rows of a til
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.attention_batch import AttentionBatch
+from kernels.attention_plan import LARGE_ROWS, SMALL_ROWS, plan_attention
 from kernels.on_demand import triton_kernel
 from kernels.quantized_kv import Pages, QuantizedPages
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-SMALL_ROWS = 16
-LARGE_ROWS = 64
-SMALL_SPLIT = 512
-LARGE_SPLIT = 2048
 KEYS_PER_TILE = 64
 MERGE_ELEMENTS = 1024
 
@@ -87,6 +73,8 @@ def _attend_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     first_token = tl.load(part)
     num_tokens = tl.load(part + 1)
+    if num_tokens == 0:  # padding, in a captured graph
+        return
     table = page_ids + tl.load(part + 2)
     start = tl.load(part + 3)
     stop = tl.load(part + 4)
@@ -169,6 +157,9 @@ def _merge_kernel(
     Reads each partial result once (float32) and writes the output once.
     """
     index = tl.program_id(0)
+    token = tl.load(tokens + index).to(tl.int64)
+    if token < 0:  # padding
+        return
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, BLOCK)
     head_inside = head < num_heads
@@ -187,143 +178,8 @@ def _merge_kernel(
         total += weight
         values = tl.load(partial + slot[:, None] * head_dim + column[None, :], mask=inside, other=0.0)
         acc += weight[:, None] * values
-    token = tl.load(tokens + index).to(tl.int64)
     at = (token * num_heads + head)[:, None] * head_dim + column[None, :]
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Query tokens [first_token, + num_tokens) against tokens [start, stop) of the page table at `table`."""
-
-    first_token: int
-    num_tokens: int
-    table: int
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionPlan:
-    """A step's parts as int32 tensors on the device: small_parts and large_parts [X, 6] hold a part's fields and its
-    first row of the partial results (-1: straight to the output); the rest says what is merged from where."""
-
-    small_parts: Tensor
-    large_parts: Tensor
-    positions_T: Tensor
-    page_ids: Tensor
-    num_slots: int
-    merged_tokens: Tensor
-    merged_slot_starts: Tensor
-    merged_slots: Tensor
-
-
-def plan_attention(
-    batch: AttentionBatch, heads_per_kv: int, window: int | None, device: torch.device, deterministic: bool = False
-) -> AttentionPlan:
-    """Cut a step into parts; deterministic: each query token as if it were decoded, outside of any group."""
-    tables, table_starts = _lay_out_tables(batch)
-    first_tokens = [0]
-    positions: list[int] = []
-    for num_queries, num_context in zip(batch.query_lens, batch.context_lens):
-        first_tokens.append(first_tokens[-1] + num_queries)
-        positions.extend(range(num_context - num_queries, num_context))
-
-    small, large = [], []
-    num_shared = [0] * len(batch.query_lens)
-    for i, group in enumerate([] if deterministic else batch.groups):
-        end = group.first_request + group.num_requests
-        shared_tokens = len(group.page_ids) * batch.page_size
-        num_shared[group.first_request : end] = [shared_tokens] * group.num_requests
-        table = table_starts[len(batch.query_lens) + i]
-        for first, num_tokens in _tiles(first_tokens[group.first_request], first_tokens[end], heads_per_kv):
-            large.extend(_splits(_Part(first, num_tokens, table, 0, shared_tokens), LARGE_SPLIT))
-    for request, num_queries in enumerate(batch.query_lens):
-        first, table, start = first_tokens[request], table_starts[request], num_shared[request]
-        num_context = batch.context_lens[request]
-        if deterministic:
-            for token in range(first, first + num_queries):
-                small.extend(_splits(_Part(token, 1, table, 0, positions[token] + 1), SMALL_SPLIT))
-            continue
-        if num_queries * heads_per_kv <= SMALL_ROWS:
-            small.extend(_splits(_Part(first, num_queries, table, start, num_context), SMALL_SPLIT))
-            continue
-        for tile, num_tokens in _tiles(first, first + num_queries, heads_per_kv):
-            large.append(_Part(tile, num_tokens, table, start, positions[tile + num_tokens - 1] + 1))
-    if window is not None:
-        small = [part for part in small if _is_seen(part, positions, window)]
-        large = [part for part in large if _is_seen(part, positions, window)]
-    return _upload(small, large, positions, tables, device)
-
-
-def _lay_out_tables(batch: AttentionBatch) -> tuple[list[int], list[int]]:
-    """All page tables in one list, the requests' and then the groups', and where each starts."""
-    page_ids: list[int] = []
-    starts = []
-    for table in [*batch.page_ids, *(group.page_ids for group in batch.groups)]:
-        starts.append(len(page_ids))
-        page_ids.extend(table)
-    return page_ids, starts
-
-
-def _tiles(first: int, stop: int, heads_per_kv: int) -> list[tuple[int, int]]:
-    step = LARGE_ROWS // heads_per_kv
-    return [(token, min(step, stop - token)) for token in range(first, stop, step)]
-
-
-def _splits(part: _Part, size: int) -> list[_Part]:
-    """Cut a part's range at multiples of `size`."""
-    cuts = [part.start, *range((part.start // size + 1) * size, part.stop, size), part.stop]
-    return [
-        _Part(part.first_token, part.num_tokens, part.table, start, stop)
-        for start, stop in pairwise(cuts)
-        if start < stop
-    ]
-
-
-def _is_seen(part: _Part, positions: list[int], window: int) -> bool:
-    tokens = range(part.first_token, part.first_token + part.num_tokens)
-    return part.stop > min(positions[token] for token in tokens) - window + 1
-
-
-def _upload(
-    small: list[_Part], large: list[_Part], positions: list[int], page_ids: list[int], device: torch.device
-) -> AttentionPlan:
-    """Number the partial results and bring the plan to the device."""
-    parts_of = [0] * len(positions)
-    for part in small + large:
-        for token in range(part.first_token, part.first_token + part.num_tokens):
-            parts_of[token] += 1
-    slots: list[list[int]] = [[] for _ in positions]
-    num_slots = 0
-    rows = []
-    for part in small + large:
-        tokens = range(part.first_token, part.first_token + part.num_tokens)
-        slot = -1
-        if any(parts_of[token] > 1 for token in tokens):
-            slot = num_slots
-            num_slots += part.num_tokens
-            for token in tokens:
-                slots[token].append(slot + token - part.first_token)
-        rows.append((part.first_token, part.num_tokens, part.table, part.start, part.stop, slot))
-    merged = [token for token, token_slots in enumerate(slots) if token_slots]
-    starts = [0]
-    for token in merged:
-        starts.append(starts[-1] + len(slots[token]))
-
-    def to_device(values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32).to(device, non_blocking=True)
-
-    return AttentionPlan(
-        small_parts=to_device(rows[: len(small)]),
-        large_parts=to_device(rows[len(small) :]),
-        positions_T=to_device(positions),
-        page_ids=to_device(page_ids),
-        num_slots=num_slots,
-        merged_tokens=to_device(merged),
-        merged_slot_starts=to_device(starts),
-        merged_slots=to_device([slot for token in merged for slot in slots[token]]),
-    )
 
 
 def paged_attention_triton(

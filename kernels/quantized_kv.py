@@ -137,9 +137,11 @@ def _write_quantized_kernel(
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot < 0:
+        return
     head_inside = head < num_heads
     inside = head_inside[:, None] & (column < head_dim)[None, :]
-    slot = tl.load(slots + token).to(tl.int64)
     page, offset = slot // page_size, slot % page_size
     at_x = x + token * x_stride_token + head[:, None] * x_stride_head + column[None, :]
     numbers = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
@@ -157,7 +159,8 @@ def _write_quantized_kernel(
 def write_quantized_kv_triton(
     k_TKD: Tensor, v_TKD: Tensor, k_pages: QuantizedPages, v_pages: QuantizedPages, slots_T: Tensor
 ) -> None:
-    """Quantise and write in place. Any head dimension, number of heads, page size and strides of pages and heads."""
+    """Quantise and write in place; a slot of -1 writes nothing. Any head dimension, number of heads, page size and
+    strides of pages and heads."""
     check_kv_shapes(k_TKD, v_TKD, k_pages.shape, v_pages.shape, slots_T)
     num_tokens, num_heads, head_dim = k_TKD.shape
     if not num_tokens:
@@ -262,7 +265,8 @@ def _cut_out(batch: AttentionBatch, first: int, stop: int, start_row: int) -> _P
         group_first = max(group.first_request, first)
         num_requests = min(group.first_request + group.num_requests, stop) - group_first
         if num_requests > 1:
-            groups.append(PrefixGroup(group_first - first, num_requests, [place[int(p)] for p in group.page_ids]))
+            page_ids = [place[int(page)] for page in group.page_ids]
+            groups.append(PrefixGroup(group_first - first, num_requests, page_ids, group.first_page))
     part = AttentionBatch(
         query_lens=batch.query_lens[first:stop],
         context_lens=batch.context_lens[first:stop],

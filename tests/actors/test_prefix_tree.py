@@ -141,15 +141,32 @@ def test_one_large_group_wins_over_small_ones_when_it_saves_more():
     assert [(g.num_requests, len(g.page_ids)) for g in groups] == [(8, 4)]
 
 
-@given(st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=12), st.data())
-def test_groups_are_disjoint_and_really_share_their_pages(tables, data):
+def test_documents_below_a_long_system_prompt_are_groups_in_a_group():
+    system, documents = list(range(30)), [list(range(100 + 20 * i, 120 + 20 * i)) for i in range(3)]
+    tables = [[*system, *documents[i % 3], 900 + i] for i in range(6)]
+    order, groups = group_by_prefix(tables, [50] * 6)
+    assert [order[group.first_request] % 3 for group in groups[1:]] == [0, 1, 2]
+    assert [(g.num_requests, g.first_page, list(g.page_ids)) for g in groups] == [
+        (6, 0, system),
+        *((2, 30, document) for document in documents),
+    ]
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=5), min_size=1, max_size=12), st.integers(1, 12), st.data())
+def test_groups_are_nested_or_disjoint_and_really_share_their_pages(tables, repeats, data):
+    tables = [[page for page in table for _ in range(repeats)] for table in tables]
     counts = [data.draw(st.integers(0, len(table))) for table in tables]
     order, groups = group_by_prefix(tables, counts)
     assert sorted(order) == list(range(len(tables)))
-    end = 0
-    for group in groups:
-        assert group.first_request >= end and group.num_requests >= 2 and group.page_ids
-        end = group.first_request + group.num_requests
-        for request in order[group.first_request : end]:
-            assert tuple(tables[request][: len(group.page_ids)]) == tuple(group.page_ids)
-            assert counts[request] >= len(group.page_ids)
+    num_taken = [0] * len(tables)
+    for before, group in zip([None, *groups], groups):
+        members = range(group.first_request, group.first_request + group.num_requests)
+        assert group.num_requests >= 2 and group.page_ids
+        assert before is None or before.first_request <= group.first_request
+        end = group.first_page + len(group.page_ids)
+        for place in members:
+            # An inner group goes on where the one around it ends.
+            assert num_taken[place] == group.first_page
+            num_taken[place] = end
+            assert tables[order[place]][group.first_page : end] == list(group.page_ids)
+            assert counts[order[place]] >= end

@@ -1,11 +1,13 @@
 """The CPU's paged attention against float64, over mixtures of decode, chunks, groups and scattered pages."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from attention_cases import CASES, make_case, reference
 
+from kernels.attention_batch import PrefixGroup
 from kernels.cpu_attention import paged_attention_cpu
 
 
@@ -30,6 +32,17 @@ def test_a_sliding_window_hides_what_is_older(window):
     expected = reference(q, k, v, batch, 0.25, window)
     actual = paged_attention_cpu(q, k, v, batch, 0.25, window)
     torch.testing.assert_close(actual.double(), expected, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("scattered", [False, True])
+def test_a_group_inside_of_a_group_attends_behind_it(scattered):
+    lengths = [(1, 50), (9, 60), (1, 44), (2, 70), (1, 9)]
+    q, k, v, batch = make_case(4, lengths, shared=[(0, 4, 4)], scattered=scattered)
+    (group,) = batch.groups
+    outer = PrefixGroup(0, 4, group.page_ids[:1])
+    nested = [outer, PrefixGroup(1, 2, group.page_ids[1:], 1)]
+    actual = paged_attention_cpu(q, k, v, replace(batch, groups=nested, cache={}), 0.25)
+    torch.testing.assert_close(actual.double(), reference(q, k, v, batch, 0.25), atol=2e-6, rtol=2e-5)
 
 
 def test_random_mixtures_equal_float64():

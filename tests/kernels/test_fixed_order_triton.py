@@ -9,8 +9,9 @@ import torch
 from attention_cases import make_case
 
 from kernels.attention_batch import AttentionBatch
+from kernels.attention_plan import plan_attention
 from kernels.int4_linear import Int4Linear, QuantizedWeight
-from kernels.paged_attention import paged_attention_triton, plan_attention
+from kernels.paged_attention import paged_attention_triton
 
 
 @pytest.mark.parametrize("window", [None, 9])

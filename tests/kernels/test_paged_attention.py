@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kernels.paged_attention as file
+from kernels import attention_plan
 from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
 from kernels.compare import compare
 from kernels.paged_attention import paged_attention_reference, paged_attention_triton
@@ -46,8 +47,8 @@ def small_splits(monkeypatch):
     """Contexts of tens of tokens are split as thousands are in earnest."""
 
     def set_sizes(split):
-        monkeypatch.setattr(file, "SMALL_SPLIT", split)
-        monkeypatch.setattr(file, "LARGE_SPLIT", 2 * split)
+        monkeypatch.setattr(attention_plan, "SMALL_SPLIT", split)
+        monkeypatch.setattr(attention_plan, "LARGE_SPLIT", 2 * split)
         monkeypatch.setattr(file, "KEYS_PER_TILE", 16)
 
     return set_sizes
@@ -140,6 +141,53 @@ def test_attention_is_exact_at_the_sizes_used_in_earnest(device):
     assert_in_budget(inputs.attend(), inputs)
 
 
+def nest(inputs, first, count, num_outer):
+    """Make the pages behind the first `num_outer` of the one group a group of `count` requests from `first` on."""
+    (group,) = inputs.batch.groups
+    outer = replace(group, page_ids=group.page_ids[:num_outer])
+    inner = PrefixGroup(first, count, group.page_ids[num_outer:], num_outer)
+    return [outer, inner]
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_group_inside_of_a_group_attends_behind_it(window, device, small_splits):
+    small_splits(16)
+    case = Case(((1, 90), (1, 70), (4, 80), (20, 90), (1, 60)), shared=((0, 5, 3),), window=window)
+    inputs = make_inputs(case, device)
+    assert_in_budget(inputs.attend(groups=nest(inputs, 1, 3, 1)), inputs)
+    assert_in_budget(inputs.attend(groups=nest(inputs, 0, 5, 2)), inputs)
+
+
+@pytest.mark.parametrize("name", ["decode", "verification of drafts", "groups beside others", "group of many rows"])
+def test_a_padded_plan_in_buffers_that_stay_gives_the_same_bits(name, device, small_splits):
+    case = replace(CASES[name], split=16)
+    small_splits(case.split)
+    inputs = make_inputs(case, device)
+    num_tokens, heads_per_kv = inputs.batch.num_tokens, case.heads[0] // case.heads[1]
+    buffers = attention_plan.PlanBuffers(num_tokens + 5, 200, 64, 800, device)
+    other = make_inputs(CASES["decode over several splits"], device).batch
+    buffers.load(attention_plan.lay_out_plan(other, heads_per_kv, None))  # leftovers
+    arrays = attention_plan.lay_out_plan(inputs.batch, heads_per_kv, case.window)
+    assert buffers.fits(arrays)
+    buffers.load(arrays)
+    # Rows behind the step's belong to nobody: they may hold anything, and nothing is written to their places.
+    q = torch.cat((inputs.q, torch.full_like(inputs.q[:1], math.nan).expand(5, -1, -1)))
+    stand_in = AttentionBatch([1] * (num_tokens + 5), [1] * (num_tokens + 5), [[0]] * (num_tokens + 5), case.page_size)
+    stand_in.cache["triton_attention", heads_per_kv, case.window, False] = buffers.plan
+    out = paged_attention_triton(q, inputs.k_pages, inputs.v_pages, stand_in, inputs.scale, case.window)
+    assert torch.equal(out[:num_tokens], inputs.attend())
+
+
+def test_a_step_that_is_too_large_for_its_buffers_does_not_fit(device):
+    batch = make_inputs(CASES["groups beside others"], device).batch
+    arrays = attention_plan.lay_out_plan(batch, 2, None)
+    sizes = batch.num_tokens, len(arrays.small_parts), len(arrays.large_parts), len(arrays.page_ids)
+    assert attention_plan.PlanBuffers(*sizes, device).fits(arrays)
+    for i in range(4):
+        smaller = [size - (place == i) for place, size in enumerate(sizes)]
+        assert not attention_plan.PlanBuffers(*smaller, device).fits(arrays)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_attending_to_shared_pages_once_changes_nothing_beyond_rounding(dtype, device, small_splits):
     small_splits(16)
@@ -178,7 +226,7 @@ def test_a_step_is_planned_once_for_all_layers(device):
 
 def test_parts_outside_of_the_window_are_not_launched(device):
     inputs = make_inputs(Case(((1, 2000),), page_size=64), device)
-    plan = file.plan_attention(inputs.batch, 2, window=100, device=device)
+    plan = attention_plan.plan_attention(inputs.batch, 2, window=100, device=device)
     assert [row[3:5] for row in plan.small_parts.tolist()] == [[1536, 2000]]
 
 

@@ -7,7 +7,7 @@ import torch
 
 import kernels.paged_attention as triton_file
 import kernels.quantized_kv as file
-from kernels import backend
+from kernels import attention_plan, backend
 from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
 from kernels.compare import compare
 from kernels.cpu_attention import paged_attention_cpu
@@ -159,8 +159,8 @@ def assert_in_budget(result, q, k_pages, v_pages, batch, scale, window, rounded)
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("name", STEPS)
 def test_triton_attends_to_what_the_bytes_stand_for(name, window, dtype, device, monkeypatch, guarded):
-    monkeypatch.setattr(triton_file, "SMALL_SPLIT", 32)
-    monkeypatch.setattr(triton_file, "LARGE_SPLIT", 64)
+    monkeypatch.setattr(attention_plan, "SMALL_SPLIT", 32)
+    monkeypatch.setattr(attention_plan, "LARGE_SPLIT", 64)
     monkeypatch.setattr(triton_file, "KEYS_PER_TILE", 16)
     step = make_step(name, device, dtype, device, window=window)
     assert_in_budget(paged_attention_triton(*step), *step, rounded=False)
