@@ -5,10 +5,8 @@ Whatever is wrong with the job, the model, the input or the output is said befor
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import math
-import platform
 import signal
 import sys
 import threading
@@ -18,24 +16,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 
 from actors.config import EngineConfig
 from actors.drafters.draft_model import check_draft_model
 from actors.weights.checkpoint import check_model, load_tokenizer, open_checkpoint, resolve_max_model_len
+from jobs.named_models import named_models
 from jobs.predicted import print_predicted, say_prediction
 from pipeline.answering import Worker
+from pipeline.claim import claim_output
+from pipeline.events import Event
 from pipeline.graph import (
     Graph,
     check_pool_fits,
     close_ray,
     start_ray,
 )
-from pipeline.job import FingerprintMismatch, Job, JobError, LimitsSection, diff_fingerprints, load_job
+from pipeline.job import Job, JobError, LimitsSection, load_job
 from pipeline.ledger import (
     Bill,
     RunRecord,
@@ -59,8 +59,6 @@ EXIT_SIGNAL = 128
 DRAIN_S = 25
 """How long slices in flight may take to finish once a run is told to stop; Kubernetes kills after 30 s."""
 
-_VERSIONS_OF = ("shoal", "ray", "torch", "transformers", "pyarrow")
-
 
 @dataclass(frozen=True, slots=True)
 class Stop:
@@ -71,11 +69,27 @@ class Stop:
     drop_at: float
 
 
-def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[EngineConfig], Worker] | None = None) -> int:
+class Onlooker(Protocol):
+    """Whoever runs a run for a purpose of its own: hears of its events, may end it, and gets its record."""
+
+    def note(self, event: Event) -> None: ...
+
+    def find_stop(self) -> Stop | None: ...
+
+    def close(self, record: RunRecord) -> None: ...
+
+
+def run(
+    job_path: str,
+    overrides: Sequence[str],
+    *,
+    new_worker: Callable[[EngineConfig], Worker] | None = None,
+    onlooker: Onlooker | None = None,
+) -> int:
     """Answer a job's corpus into its output and return the exit code; what is there already is not done again.
 
-    new_worker: instead of EngineWorker, for tests. ValueError (of job, model, input or output) is a mistake in what was
-    asked, FingerprintMismatch an output of another job; nothing has been computed then.
+    new_worker: instead of EngineWorker, for tests. onlooker: `shoal nightly`. ValueError (of job, model, input or
+    output) is a mistake in what was asked, FingerprintMismatch another job's output; nothing has been computed then.
     """
     console = new_console()
     job = load_job(job_path, overrides).resolve(named_models())
@@ -103,33 +117,21 @@ def run(job_path: str, overrides: Sequence[str], *, new_worker: Callable[[Engine
     stop = None
     if todo:
         output.remove("_SUCCESS")
-        stop = _answer(spec, todo, tally, record, console)
-    return _finish(output, job, shards, tally, record, stop, console, had_work=bool(todo))
+        stop = _answer(spec, todo, tally, record, console, onlooker)
+    exit_code = _finish(output, job, shards, tally, record, stop, console, had_work=bool(todo))
+    if onlooker is not None:
+        onlooker.close(record)
+    return exit_code
 
 
-def claim_output(output: Storage, job: Job) -> None:
-    """Write run.json if there is none; FingerprintMismatch if there is one of another job."""
-    fields = job.fingerprint_fields()
-    mine = {
-        "fingerprint": job.fingerprint(),
-        "fields": fields,
-        "job": job.model_dump(mode="json"),
-        "versions": {name: importlib.metadata.version(name) for name in _VERSIONS_OF},
-        "python": platform.python_version(),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    if output.create_exclusive("run.json", json.dumps(mine, indent=2, ensure_ascii=False).encode()):
-        return
-    theirs = json.loads(output.read_bytes("run.json"))
-    if theirs["fingerprint"] != mine["fingerprint"]:
-        differences = "\n".join(f"  {line}" for line in diff_fingerprints(theirs["fields"], fields))
-        raise FingerprintMismatch(
-            f"{public_uri(output.uri)} holds the answers of another job, and these fields differ:\n{differences}\n"
-            "give another output.path, or set the fields back"
-        )
-
-
-def _answer(spec: RunSpec, todo: Sequence[Shard], tally: Tally, record: RunRecord, console: Console) -> Stop | None:
+def _answer(
+    spec: RunSpec,
+    todo: Sequence[Shard],
+    tally: Tally,
+    record: RunRecord,
+    console: Console,
+    onlooker: Onlooker | None,
+) -> Stop | None:
     """Run the graph until all is done or something stops it."""
     is_ours = start_ray()
     try:
@@ -137,7 +139,7 @@ def _answer(spec: RunSpec, todo: Sequence[Shard], tally: Tally, record: RunRecor
         graph = Graph(spec, todo, drop_damaged(spec.output, list_slices(spec.output)))
         with _signals() as signals, Progress(console, tally) as progress:
             try:
-                stop = _watch(graph, tally, spec.job, signals, progress)
+                stop = _watch(graph, tally, spec.job, signals, progress, onlooker)
             except BaseException as error:
                 _record_break(graph, record, spec.output, error)
                 raise
@@ -159,13 +161,17 @@ def _record_break(graph: Graph, record: RunRecord, output: Storage, error: BaseE
         error.add_note(f"the run's record could not be written either: {also}")
 
 
-def _watch(graph: Graph, tally: Tally, job: Job, signals: list[int], progress: Progress) -> Stop | None:
+def _watch(
+    graph: Graph, tally: Tally, job: Job, signals: list[int], progress: Progress, onlooker: Onlooker | None
+) -> Stop | None:
     stop: Stop | None = None
     for event in graph.events():
         tally.add(event)
         progress.update()
+        if onlooker is not None:
+            onlooker.note(event)
         if stop is None:
-            stop = _stop_by_signal(signals) or _stop_by_limit(job, tally)
+            stop = _stop_by_signal(signals) or _stop_by_limit(job, tally) or (onlooker and onlooker.find_stop())
             if stop is not None:
                 progress.say(f"stopping: {stop.reason}; slices in flight are finished first")
                 graph.stop()
@@ -325,12 +331,6 @@ def _describe_start(job: Job, shards: ShardList, todo: Sequence[Shard]) -> str:
         f"{num_rows:,} rows in {len(shards.good)} shards{finished}; "
         f"model {public_uri(job.model)}, output {public_uri(job.output.path)}"
     )
-
-
-def named_models() -> dict[str, str]:
-    """Where the shipped models are, by the words that `Job.resolve` knows them by."""
-    demo = Path(__file__).parent / "demo"
-    return {"demo": str(demo / "model"), "demo/draft": str(demo / "draft")}
 
 
 def _new_run_name() -> str:

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ SINGLE_PUT_BYTES = 5 * 2**30
 _COMPARED_BYTES = 2**20
 _GLOB_CHARACTERS = re.compile(r"[*?\[]")
 _TEMPORARY = re.compile(r"^\..*\.tmp$")
+_OWN_TEMPORARY = re.compile(r"^\..*\.[0-9a-f]{32}\.tmp$")
 
 
 class StorageError(ValueError):
@@ -108,6 +110,14 @@ class Storage:
 
     def exists(self, path: str) -> bool:
         return self.info(path) is not None
+
+    def modified_at(self, path: str) -> float | None:
+        """When a file was last written by the store's own clock, in seconds since 1970; None where there is none."""
+        with self._explained("look at", path):
+            try:
+                return float(self._filesystem().modified(self._absolute(path)).timestamp())
+            except FileNotFoundError:
+                return None
 
     def is_folder(self, path: str = "") -> bool:
         with self._explained("look at", path):
@@ -216,6 +226,26 @@ class Storage:
             paths = self._filesystem().find(self._absolute(prefix))
             if paths:
                 self._filesystem().rm(paths)
+
+    def remove_unfinished(self, min_age_s: float) -> int:
+        """Remove what writers that were killed left half-written at least so long ago; the number of files.
+
+        Local folders only: in a store nothing is half there, as every object is one PUT and never an upload in parts.
+        """
+        if not self.is_local:
+            return 0
+        num_removed, now = 0, time.time()
+        for parent, _, names in os.walk(self._root):
+            for file in (Path(parent) / name for name in names if _OWN_TEMPORARY.match(name)):
+                with self._explained("remove", self._relative(str(file))):
+                    try:
+                        is_old = now - file.stat().st_mtime >= min_age_s
+                    except FileNotFoundError:  # it was not left behind: its writer has just finished
+                        continue
+                    if is_old:
+                        file.unlink(missing_ok=True)
+                        num_removed += 1
+        return num_removed
 
     def _filesystem(self) -> Any:
         return fsspec.filesystem(self.protocol, use_listings_cache=False, **_connection_options(self.protocol))
