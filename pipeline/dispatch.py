@@ -66,7 +66,7 @@ class Dispatch:
         self._before: Floats = np.concatenate([[0.0], np.cumsum(self._load)])
         self._workers: dict[str, _Worker] = {}
         self._holder: dict[int, str] = {}
-        borders = cut_evenly(self._load, self._shared * load_per_token, num_workers)
+        borders = cut_evenly(self._load, np.asarray(self._shared * load_per_token, np.float64), num_workers)
         self._runs = [_Run(first, end) for first, end in itertools.pairwise(borders) if first < end]
         self.num_unassigned = len(self._index)
         self.recomputed_tokens = 0

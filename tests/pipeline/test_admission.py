@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from pipeline.admission import MAX_ATTEMPTS, Admission
+import pytest
+
+from pipeline.admission import MAX_ATTEMPTS, Admission, CorpusWork
+from pipeline.dispatch import Dispatch
 
 SLICE = ("a", 0)
 
@@ -89,5 +92,110 @@ def test_the_time_of_a_worker_that_died_is_told_to_the_one_that_replaces_it():
         assert 5.02 <= await admission.hello("w") < 6
         (end,) = await admission.close_accounts()
         assert end.held_s >= 0.02 and end.lost_s == 0.0
+
+    asyncio.run(go())
+
+
+def make_work(num_slices: int = 6, num_workers: int = 1, shared: int = 0, done: tuple[int, ...] = ()) -> CorpusWork:
+    dispatch = Dispatch([1.0] * num_slices, [0] + [shared] * (num_slices - 1), 1.0, num_workers, done)
+    return CorpusWork(dispatch, ref=lambda index: f"slice {index}", found=done)
+
+
+def test_tickets_wait_for_the_plan_then_for_room_and_end_with_the_slices():
+    async def go() -> None:
+        admission = Admission(window=2)
+        first = asyncio.create_task(admission.admit_ticket(0))
+        found = asyncio.create_task(admission.found_slices())
+        await asyncio.sleep(0.01)
+        assert not first.done() and not found.done()
+        await admission.open_corpus(make_work(num_slices=3, done=(1,)))
+        assert await first and await found == ["slice 1"]
+        assert await admission.admit_ticket(1)
+        third = asyncio.create_task(admission.admit_ticket(2))
+        await asyncio.sleep(0.01)
+        assert not third.done(), "two tickets are open"
+        assert await admission.admit_ticket(0), "a read task that is repeated gets its tickets again"
+        assert await admission.slice_for(0, "w", []) == "slice 0"
+        await admission.finish(("_corpus", 0), "w")
+        assert await asyncio.wait_for(third, 1)
+        assert await admission.slice_for(1, "w", [0]) == "slice 2"
+        assert await admission.slice_for(2, "w", [2]) is None, "nothing is left"
+        assert await admission.admit_ticket(3) is False
+
+    asyncio.run(go())
+
+
+def test_a_ticket_that_comes_again_means_the_same_slice_for_whichever_worker():
+    async def go() -> None:
+        admission = Admission(window=9)
+        await admission.open_corpus(make_work())
+        assert await admission.slice_for(0, "w", []) == await admission.slice_for(0, "another", []) == "slice 0"
+        await admission.finish(("_corpus", 0), "w")
+        assert await admission.slice_for(0, "w", []) == "slice 0"
+        assert (await admission.begin(("_corpus", 0), "w")).number == 2, "so it is looked for before it is answered"
+
+    asyncio.run(go())
+
+
+def test_a_worker_for_whom_nothing_pays_waits_without_keeping_tickets_from_the_others():
+    async def go() -> None:
+        admission = Admission(window=1)
+        await admission.open_corpus(make_work(num_slices=3, num_workers=2, shared=100))
+        assert await admission.admit_ticket(0) and await admission.slice_for(0, "w", []) == "slice 0"
+        await admission.finish(("_corpus", 0), "w")
+        assert await admission.admit_ticket(1)
+        idle = asyncio.create_task(admission.slice_for(1, "idle", []))
+        await asyncio.sleep(0.01)
+        assert not idle.done(), "to begin in the middle costs more than it brings"
+        assert await asyncio.wait_for(admission.admit_ticket(2), 1)
+        assert await admission.slice_for(2, "w", []) == "slice 1"
+        assert await admission.slice_for(3, "w", [1]) == "slice 2"
+        assert await asyncio.wait_for(idle, 5) is None
+        assert await admission.recomputed_tokens() == 0
+
+    asyncio.run(go())
+
+
+def test_the_slices_of_a_worker_that_went_are_given_to_one_that_waits(monkeypatch):
+    monkeypatch.setattr("pipeline.admission.RELEASE_AFTER_S", 0.0)
+
+    async def go() -> None:
+        admission = Admission(window=9)
+        await admission.open_corpus(make_work(num_slices=3, num_workers=2, shared=100))
+        assert await admission.slice_for(0, "went", []) == "slice 0"
+        stays = asyncio.create_task(admission.slice_for(1, "stays", []))
+        await asyncio.sleep(0.01)
+        assert not stays.done()
+        await admission.finish(("_corpus", 0), "went")
+        assert await asyncio.wait_for(stays, 30) == "slice 1"
+
+    asyncio.run(go())
+
+
+def test_an_admission_started_anew_has_the_plan_and_hears_from_workers_what_they_have():
+    async def go() -> None:
+        admission = Admission(window=9, find_work=lambda: make_work(num_slices=4, done=(0,)))
+        assert await admission.slice_for(7, "a", [2]) == "slice 3", "it has 2, and 3 follows"
+        assert await admission.slice_for(8, "a", [2, 3]) == "slice 1"
+        await admission.finish(("_corpus", 2), "a")
+        assert await admission.admit_ticket(9) is False
+        (end,) = await admission.close_accounts()
+        assert end.held_s >= 0
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_stop_ends_the_waiting_for_tickets_and_slices(is_open):
+    async def go() -> None:
+        admission = Admission(window=1)
+        if is_open:
+            await admission.open_corpus(make_work(num_slices=3, num_workers=2, shared=100))
+            assert await admission.admit_ticket(0) and await admission.slice_for(0, "w", [])
+        first = admission.slice_for(1, "idle", []) if is_open else admission.found_slices()
+        tasks = [asyncio.create_task(one) for one in (first, admission.admit_ticket(1))]
+        await asyncio.sleep(0.01)
+        await admission.stop()
+        assert [await asyncio.wait_for(task, 5) for task in tasks] == [None, False]
 
     asyncio.run(go())
