@@ -162,6 +162,23 @@ def merge_shard(job: Job, shard: Shard, output: Storage, slice_paths: Sequence[s
     """
     started = time.perf_counter()
     answers, times = read_slices(job.sampling, output, slice_paths)
+    return publish_answers(job, shard, output, answers, times, fingerprint, started)
+
+
+def publish_answers(
+    job: Job,
+    shard: Shard,
+    output: Storage,
+    answers: pa.Table,
+    times: Sequence[SliceTimes],
+    fingerprint: str,
+    started: float,
+) -> ShardMetrics:
+    """`merge_shard`, of answers that were read before.
+
+    answers: `slice_schema`; a row whose `row_index` is null was computed for another shard, and only its duplicates are
+    of this one. started: when reading began, by time.perf_counter.
+    """
     folding = _fold_out(answers, shard)
     results, failed = _assemble(job, shard, answers, folding, fingerprint)
     with open_shard(shard):  # raises if the input was changed while it was read
@@ -183,18 +200,19 @@ class _Folding:
 
 def _fold_out(answers: pa.Table, shard: Shard) -> _Folding:
     """Check that the slices hold each input row exactly once, and say where."""
-    own = answers["row_index"].to_numpy()
+    is_own = answers["row_index"].is_valid().to_numpy()
+    own = answers["row_index"].drop_null().to_numpy()
     num_folded = pc.list_value_length(answers["duplicates"]).to_numpy()
     folded = pc.list_flatten(answers["duplicates"]).to_numpy()
     rows = np.concatenate([own, folded]).astype(np.int64)
     if not np.array_equal(np.sort(rows), np.arange(shard.num_rows)):
         raise ShardError(
             f"its slices hold {len(rows)} rows, {len(np.unique(rows))} of them different, and the input has "
-            f"{shard.num_rows}; remove {SLICES}/{shard.name} in the output and run the same command again"
+            f"{shard.num_rows}; remove {SLICES} in the output and run the same command again"
         )
-    positions = np.arange(len(own))
+    positions = np.arange(answers.num_rows)
     source = np.empty(shard.num_rows, dtype=np.int64)
-    source[own] = positions
+    source[own] = positions[is_own]
     source[folded] = np.repeat(positions, num_folded)
     is_duplicate = np.zeros(shard.num_rows, dtype=bool)
     is_duplicate[folded] = True
@@ -259,22 +277,23 @@ def _measure(
 ) -> ShardMetrics:
     num_errors = int(np.count_nonzero(answers["error"].is_valid().to_numpy()[folding.source]))
     duplicates = folding.source[folding.is_duplicate]
+    computed = answers.filter(answers["row_index"].is_valid())
 
     def total(column: str) -> int:
-        return int(answers[column].to_numpy().sum())
+        return int(computed[column].to_numpy().sum())
 
     def of_duplicates(column: str) -> int:
         return int(answers[column].to_numpy()[duplicates].sum())
 
     prices = {t.usd_per_device_hour for t in times}
     prompt_tokens, completion_tokens = total("prompt_tokens"), total("completion_tokens")
-    device_seconds = _exact_sum(answers["device_seconds"])
-    cost_usd = _exact_sum(answers["cost_usd"])
+    device_seconds = _exact_sum(computed["device_seconds"])
+    cost_usd = _exact_sum(computed["cost_usd"])
     overhead_usd = sum((t.load_s + t.idle_s + t.lost_s) * Price(t.usd_per_device_hour, "").cost_usd(1.0) for t in times)
     achievable = sum(t.achievable_prefix_tokens for t in times)
     computed_tokens = prompt_tokens + completion_tokens
-    first = _percentiles(answers["time_to_first_token_s"])
-    between = _percentiles(answers["inter_token_s"])
+    first = _percentiles(computed["time_to_first_token_s"])
+    between = _percentiles(computed["inter_token_s"])
     drafts = sum_drafts(t.drafts for t in times)
     return ShardMetrics(
         shard=shard.name,

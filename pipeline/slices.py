@@ -1,7 +1,8 @@
 """Slice objects: answered rows on their way to a shard's results, and the checkpoint of a run.
 
 One Parquet file per slice, `_slices/<shard>/<slice>.parquet`, written whole or not at all; that it is there is the mark
-that it is done. Knows no Ray and no engine; published by `slice_runner`, put together by `results`.
+that it is done. Those of a corpus plan, by `shared_slices`, lie in `_slices/_corpus/`. Knows no Ray and no engine;
+published by `slice_runner`, put together by `results`.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def slice_table(
     usages = [completion.usage for completion in completions]
     seconds = [usage.device_seconds for usage in usages]
     columns: dict[str, Sequence[Any]] = {
-        "row_index": [row.row_index for row in rows],
+        "row_index": [row.key for row in rows],
         "duplicates": [row.duplicates for row in rows],
         "response": _texts(completions, sampling),
         "finish_reason": _finish_reasons(completions, sampling),
@@ -149,7 +150,7 @@ def slice_table(
     }
     if sampling.logprobs is not None:
         columns["logprobs"] = _logprobs(completions, sampling)
-    return pa.table(columns, schema=_slice_schema(sampling))
+    return pa.table(columns, schema=slice_schema(sampling))
 
 
 def publish_slice(
@@ -203,7 +204,7 @@ def read_slices(
     sampling: SamplingParams, output: Storage, slice_paths: Sequence[str]
 ) -> tuple[pa.Table, list[SliceTimes]]:
     """The answers of all these slices as one table; ShardError if one is damaged, which is then removed."""
-    tables, times = [_slice_schema(sampling).empty_table()], []
+    tables, times = [slice_schema(sampling).empty_table()], []
     for path in slice_paths:
         try:
             with output.open_input(path) as source:
@@ -215,18 +216,20 @@ def read_slices(
             raise ShardError(
                 f"the slice {path} cannot be read ({error}) and was removed; run the same command again to compute it"
             ) from error
-        times.append(_times_of(own))
+        times.append(times_of(own))
     return pa.concat_tables(tables).combine_chunks(), times
 
 
-def _times_of(own: Mapping[str, Any]) -> SliceTimes:
+def times_of(own: Mapping[str, Any]) -> SliceTimes:
+    """The times in a slice object's own metadata."""
     known = {f.name: own[f.name] for f in fields(SliceTimes) if f.name in own}
     if "drafts" in known:  # slices from before there was speculation have none
         known["drafts"] = DraftCounts.from_json(known["drafts"])
     return SliceTimes(**known)
 
 
-def _slice_schema(sampling: SamplingParams) -> pa.Schema:
+def slice_schema(sampling: SamplingParams) -> pa.Schema:
+    """The columns of a slice object."""
     return pa.schema(
         [
             pa.field("row_index", pa.int64()),
