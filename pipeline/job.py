@@ -67,6 +67,9 @@ _SAMPLE_BYTES = 2**16
 _NUM_SAMPLES = 16
 
 
+JSONL_SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
 class FingerprintMismatch(ValueError):  # noqa: N818  (the word of the documentation)
     """The output belongs to another job; the message says which fields differ."""
 
@@ -79,10 +82,17 @@ class _Section(BaseModel):
 
 class InputSection(_Section):
     """Where the rows are and which columns matter. Name `prompt_column` or `messages_column`, or give
-    `prompt.template` over named columns."""
+    `prompt.template` over named columns. Files in OpenAI's Batch format say all of that themselves."""
 
     path: Annotated[str | tuple[str, ...], Field(description="URI of a file or folder, a glob, or a list of these")]
-    format: Literal["parquet"] = "parquet"
+    format: Annotated[
+        Literal["parquet", "openai_batch"] | None,
+        Field(description="default: openai_batch if the path ends in .jsonl or .jsonl.gz, else parquet"),
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        Field(description="what the lines of a Batch file call the model; default: the last part of its place"),
+    ] = None
     prompt_column: Annotated[str | None, Field(description="column of texts")] = None
     messages_column: Annotated[
         str | None, Field(description="column of OpenAI-style messages: a list of structs, or JSON text")
@@ -101,12 +111,29 @@ class InputSection(_Section):
     def _check(self) -> Self:
         if not self.path:
             raise ValueError("path is empty; name at least one file, folder or glob")
+        paths = (self.path,) if isinstance(self.path, str) else self.path
+        are_jsonl = {path.lower().endswith(JSONL_SUFFIXES) for path in paths}
+        if self.format is None and len(are_jsonl) > 1:
+            raise ValueError("path names both .jsonl files and others; one run reads one format")
+        if self.served_model_name is not None and not self.is_batch_jsonl:
+            raise ValueError("served_model_name is for Batch files (.jsonl), whose lines name a model; remove it")
         if self.prompt_column and self.messages_column:
             raise ValueError(
                 f"prompt_column={self.prompt_column!r} and messages_column={self.messages_column!r} are both set; "
                 "keep the one that holds the prompts"
             )
+        columns = {"prompt_column", "messages_column", "id_column", "sampling_column"}
+        if self.is_batch_jsonl and (named := sorted(name for name in columns if getattr(self, name))):
+            raise ValueError(f"{', '.join(named)}: lines of a Batch file say by themselves what is what; remove it")
         return self
+
+    @property
+    def is_batch_jsonl(self) -> bool:
+        """Whether the files are OpenAI Batch JSONL."""
+        if self.format is not None:
+            return self.format == "openai_batch"
+        paths = (self.path,) if isinstance(self.path, str) else self.path
+        return all(path.lower().endswith(JSONL_SUFFIXES) for path in paths)
 
 
 class PromptSection(_Section):
@@ -272,7 +299,10 @@ class Job(_Section):
             "prompt.template": self.prompt.template,
         }
         given = [name for name, value in sources.items() if value is not None]
-        if len(given) != 1:
+        if self.is_batch_jsonl:
+            if self.prompt.template is not None or self.prompt.chat_template is not None:
+                raise ValueError("prompt.template and prompt.chat_template: a Batch file's url says that; remove it")
+        elif len(given) != 1:
             found = " and ".join(given) if given else "none"
             raise ValueError(f"exactly one of {', '.join(sources)} says what the prompt is; found {found}")
         if self.input.messages_column and self.prompt.chat_template is False:
@@ -280,7 +310,7 @@ class Job(_Section):
                 "prompt.chat_template=false, but input.messages_column needs a chat template; "
                 "remove it, or name a prompt_column"
             )
-        if self.prompt.system is not None and not self.uses_chat_template:
+        if self.prompt.system is not None and not self.uses_chat_template and not self.is_batch_jsonl:
             raise ValueError(
                 "prompt.system needs the chat template; set prompt.chat_template: true, "
                 "or put the text into prompt.template"
@@ -297,6 +327,22 @@ class Job(_Section):
         if self.prompt.chat_template is None:
             return self.input.messages_column is not None
         return self.prompt.chat_template
+
+    @property
+    def is_batch_jsonl(self) -> bool:
+        """Whether the input is OpenAI Batch files, whose lines have their own routes and sampling."""
+        return self.input.is_batch_jsonl
+
+    @property
+    def lines_model_name(self) -> str:
+        """What the lines of a Batch file have to call the model."""
+        return self.input.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+    @property
+    def answer_shape(self) -> SamplingParams:
+        """Sampling that asks for the columns which results have. Lines of a Batch file may ask for any number of
+        completions and for log-probabilities, so their results always have lists, and a column for these."""
+        return self.sampling.model_copy(update={"n": 2, "logprobs": 0}) if self.is_batch_jsonl else self.sampling
 
     @property
     def prompt_columns(self) -> tuple[str, ...]:
@@ -334,12 +380,17 @@ class Job(_Section):
             tokenizer_identity=identify_tokenizer(tokenizer),
             max_model_len=self.engine.max_model_len or _own_max_model_len(config),
         )
+        own: dict[str, Any] = {"path": tuple(absolute_uri(path, here) for path in self.input_paths)}
+        prompt = self.prompt
+        if self.is_batch_jsonl:
+            own |= {"format": "openai_batch", "served_model_name": self.lines_model_name}
+        else:
+            own["format"] = "parquet"
+            prompt = prompt.model_copy(update={"chat_template": self.uses_chat_template})
         return self.model_copy(
             update={
-                "input": self.input.model_copy(
-                    update={"path": tuple(absolute_uri(path, here) for path in self.input_paths)}
-                ),
-                "prompt": self.prompt.model_copy(update={"chat_template": self.uses_chat_template}),
+                "input": self.input.model_copy(update=own),
+                "prompt": prompt,
                 "model": model,
                 "engine": self.engine.model_copy(
                     update={"model": model, "tokenizer": tokenizer, "speculative_config": speculative}
@@ -360,6 +411,11 @@ class Job(_Section):
             "engine": self.engine.model_dump(mode="json", exclude=set(ENGINE_FIELDS_WITHOUT_EFFECT_ON_RESULTS)),
             "sampling": self.sampling.model_dump(mode="json"),
         }
+        if self.is_batch_jsonl:  # what is not set is OpenAI's default there, not the job's
+            own = sorted(self.sampling.model_fields_set)
+            sections["sampling"] = self.sampling.model_dump(mode="json", include={"seed", *own})
+        else:
+            del sections["input"]["served_model_name"]  # which Parquet jobs of earlier versions did not have
         fields: dict[str, JsonValue] = {
             f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()
         }
@@ -388,9 +444,14 @@ def diff_fingerprints(old: Mapping[str, JsonValue], new: Mapping[str, JsonValue]
 def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
     """Read a job file and lay `key.subkey=value` overrides (values are YAML) over it; JobError if it is not valid.
 
-    Relative places in the file are relative to the file, those in an override to the current folder.
+    Relative places in the file are relative to the file, those in an override to the current folder. Instead of a job
+    file, a Batch file (.jsonl): the job is then that input, answered into `<its name>-answers` in the current folder.
     """
-    data = _anchor_places(read_yaml(path), Path(path).absolute().parent)
+    if path.lower().endswith(JSONL_SUFFIXES):
+        name = path.rstrip("/").rsplit("/", 1)[-1].split(".jsonl")[0] or "batch"
+        data = _anchor_places({"input": {"path": path}, "output": {"path": f"{name}-answers"}}, Path.cwd())
+    else:
+        data = _anchor_places(read_yaml(path), Path(path).absolute().parent)
     for override in overrides:
         data = merge_settings(data, _anchor_places(parse_override(override), Path.cwd()))
     return job_from_dict(data, path)

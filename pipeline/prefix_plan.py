@@ -28,6 +28,8 @@ _BORDER_SEARCH = 0.25
 
 IntArray = NDArray[np.int32]
 
+MORE_PROMPTS = "more_prompts"
+
 ROW_BITS = 40
 """A row key is the number of its shard, times 2**40, plus the row's index in it: one integer for a row of a corpus."""
 
@@ -52,6 +54,8 @@ class PlannedRow:
     shard_index: which of its slice's `shards` it is of; 0 in a slice of one shard. duplicates: the keys of the rows
     that get the same answer without being computed; in a slice of one shard a key is the row's index.
     shared_prefix_tokens: how many first tokens are those of the row before in the plan.
+    sampling_overrides: the row's own sampling as JSON text; under MORE_PROMPTS the further prompts of a Batch file's
+        line, whose completions are the row's too, behind those of its first.
     """
 
     row_index: int
@@ -72,7 +76,19 @@ class PlannedRow:
         """The job's sampling parameters with the row's own laid over them (they were checked when planned)."""
         if self.sampling_overrides is None:
             return base
-        return SamplingParams.model_validate({**base.model_dump(), **json.loads(self.sampling_overrides)})
+        own = {key: value for key, value in json.loads(self.sampling_overrides).items() if key != MORE_PROMPTS}
+        return SamplingParams.model_validate({**base.model_dump(), **own})
+
+    def requests(self, base: SamplingParams) -> list[Request]:
+        """One request, whose id is the row's key; a further prompt's is `<key>.<number>`, with the same seed."""
+        sampling = self.sampling(base)
+        requests = [Request(str(self.key), self.prompt_token_ids, sampling, self.seed)]
+        if self.sampling_overrides is not None and MORE_PROMPTS in self.sampling_overrides:
+            more = json.loads(self.sampling_overrides).get(MORE_PROMPTS, [])
+            requests += [
+                Request(f"{self.key}.{number}", tokens, sampling, self.seed) for number, tokens in enumerate(more, 1)
+            ]
+        return requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +118,8 @@ class Slice:
         return sorted(key for row in self.rows for key in (row.key, *row.duplicates))
 
     def requests(self, sampling: SamplingParams) -> list[Request]:
-        """The engine's requests, one per row without an error, in plan order; their id is the row's key."""
-        return [
-            Request(str(row.key), row.prompt_token_ids, row.sampling(sampling), row.seed)
-            for row in self.rows
-            if row.error is None
-        ]
+        """The engine's requests, one per prompt of rows without an error, in plan order."""
+        return [request for row in self.rows if row.error is None for request in row.requests(sampling)]
 
     def to_bytes(self) -> bytes:
         """One Arrow IPC stream, the slice's own fields in the schema's metadata."""
@@ -341,7 +353,7 @@ def pack_row(job: Job, shard: Shard, index: int, rendered: RenderedRow) -> Packe
         order=token_ids.astype(">u4").tobytes(),
         overrides=rendered.overrides,
         seed=seed,
-        fold_key=None if rendered.error else _fold_key(rendered.sampling, own_seed),
+        fold_key=None if rendered.error or rendered.has_more_prompts else _fold_key(rendered.sampling, own_seed),
         error=rendered.error,
     )
 

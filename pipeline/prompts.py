@@ -17,7 +17,10 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from actors.requests import RowError, SamplingParams
+from pipeline.batch_jsonl import LineRenderer, RenderedLine
 from pipeline.job import Job, JobError, explain_validation_error
+from pipeline.openai_api.batch_lines import row_error_of
+from pipeline.openai_api.errors import ApiError
 from pipeline.prompt_text import BadPrompt, PromptWriter, encodable, read_messages
 
 
@@ -31,6 +34,7 @@ class RenderedRow:
     overrides: str | None = None
     id: str | int | None = None
     error: RowError | None = None
+    has_more_prompts: bool = False
 
 
 class Renderer:
@@ -41,6 +45,7 @@ class Renderer:
 
     def __init__(self, job: Job, tokenizer: Any) -> None:
         self._job = job
+        self._lines = LineRenderer(job, tokenizer) if job.is_batch_jsonl else None
         self._writer = PromptWriter(job.prompt, tokenizer)
         self._max_model_len = job.resolved.max_model_len if job.resolved else job.engine.max_model_len
         self._template = _compile_template(job.prompt.template) if job.prompt.template is not None else None
@@ -54,18 +59,29 @@ class Renderer:
     @property
     def columns(self) -> list[str]:
         """The input columns that rendering reads."""
+        if self._lines is not None:
+            return list(self._lines.columns)
         job = self._job
         columns = [*job.prompt_columns, job.input.id_column, job.input.sampling_column]
         return list(dict.fromkeys(column for column in columns if column))
 
     def render(self, rows: pa.RecordBatch) -> list[RenderedRow]:
         """Render and tokenise a batch with (at least) `columns`; one result per row, in order."""
+        if self._lines is not None:
+            return [self._finish_line(line) for line in self._lines.render(rows)]
         values = {name: _read_column(rows.column(name)) for name in self.columns}
         texts = [self._write_prompt({name: column[i] for name, column in values.items()}) for i in range(len(rows))]
         prompts = self._tokenise(texts)
         ids = values[self._job.input.id_column] if self._job.input.id_column else [None] * len(rows)
         own = values[self._job.input.sampling_column] if self._job.input.sampling_column else [None] * len(rows)
         return [self._finish(prompt, row_id, overrides) for prompt, row_id, overrides in zip(prompts, ids, own)]
+
+    def _finish_line(self, line: RenderedLine | ApiError) -> RenderedRow:
+        if isinstance(line, ApiError):
+            return RenderedRow([], self._job.sampling, error=row_error_of(line))
+        return RenderedRow(
+            line.prompts[0], line.sampling, line.overrides, line.custom_id, has_more_prompts=len(line.prompts) > 1
+        )
 
     def _write_prompt(self, row: Mapping[str, Any]) -> str | RowError:
         try:

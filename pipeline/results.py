@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.batch_output import publish_batch_output
 from pipeline.drafts import DrafterCount, acceptance_length, sum_drafts
 from pipeline.job import Job
 from pipeline.parquet import ParquetBuffer, read_metadata, to_parquet
@@ -47,7 +48,7 @@ def passthrough_columns(job: Job, schema: pa.Schema, shard: str) -> list[str]:
         names = [name for name in schema.names if not _is_own_error(schema, name)]
     else:
         names = list(job.input.passthrough)
-    taken = {column.name for column in answer_fields(job.sampling)} & set(names)
+    taken = {column.name for column in answer_fields(job.answer_shape)} & set(names)
     if taken:
         raise OutputError(
             f"shard {shard}: the input column {', '.join(sorted(taken))} has the name of a column that Shoal writes; "
@@ -161,7 +162,7 @@ def merge_shard(job: Job, shard: Shard, output: Storage, slice_paths: Sequence[s
     input a few thousand rows at a time. ShardError if rows are missing or double, or the input has changed.
     """
     started = time.perf_counter()
-    answers, times = read_slices(job.sampling, output, slice_paths)
+    answers, times = read_slices(job.answer_shape, output, slice_paths)
     return publish_answers(job, shard, output, answers, times, fingerprint, started)
 
 
@@ -184,6 +185,7 @@ def publish_answers(
     with open_shard(shard):  # raises if the input was changed while it was read
         pass
     metrics = _measure(shard, answers, folding, times, fingerprint)
+    publish_batch_output(job, shard, output, results)
     metrics.write_seconds += time.perf_counter() - started
     _publish_shard(output, shard, metrics, results, failed)
     output.remove_tree(f"{SLICES}/{shard.name}")
@@ -223,14 +225,14 @@ def _assemble(
     job: Job, shard: Shard, answers: pa.Table, folding: _Folding, fingerprint: str
 ) -> tuple[bytes, bytes | None]:
     """The results file, and the errors file if any row failed."""
-    added = [column.name for column in answer_fields(job.sampling)]
+    added = [column.name for column in answer_fields(job.answer_shape)]
     has_errors = answers["error"].null_count < answers.num_rows
     metadata = {"fingerprint": fingerprint, "etag": shard.etag, "shard": shard.name}
     results, failed = ParquetBuffer(metadata), ParquetBuffer({**metadata, "errors": True})
     with open_shard(shard) as source:
         kept = passthrough_columns(job, source.schema_arrow, shard.name)
         retried = [column for column in source.schema_arrow.names if not _is_own_error(source.schema_arrow, column)]
-        results.start(_join_schemas(source.schema_arrow, kept, answer_fields(job.sampling)))
+        results.start(_join_schemas(source.schema_arrow, kept, answer_fields(job.answer_shape)))
         for start, batch in _input_batches(source, retried if has_errors else kept):
             rows = slice(start, start + len(batch))
             answered = _answers_of(answers, folding, rows).select(added)

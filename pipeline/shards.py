@@ -1,4 +1,5 @@
-"""The input's files: found, checked by their footers, and kept as a few numbers each.
+"""The input's files: found, checked by their footers, and kept as a few numbers each. A Batch file (.jsonl) has no
+footer: its lines are counted.
 
 Knows no prompts and no tokens. Called by the driver before anything is computed.
 """
@@ -11,12 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
-from pipeline.job import Job, JobError
+from pipeline.batch_jsonl import JsonlFile, read_lines
+from pipeline.job import JSONL_SUFFIXES, Job, JobError
 from pipeline.storage import FileInfo, Storage, StorageError, is_glob, public_uri, split_glob, split_uri
 
 _FOOTER_THREADS = 16
@@ -36,6 +39,7 @@ class Shard:
     size_bytes: int
     etag: str
     num_rows: int
+    is_batch_jsonl: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,8 @@ class ShardList:
 def list_shards(job: Job) -> ShardList:
     """Find the job's input files and check each by its footer; only a few numbers per file stay in memory.
 
-    A file that is not Parquet, or lacks what the others have, is in `bad`. JobError if nothing is found, if two
+    A file that is not Parquet, or lacks what the others have, is in `bad`. Of a job over Batch files each is read whole
+    to count its lines; whatever they hold, it is good. JobError if nothing is found, if two
     files would write the same results, or if no file at all can be used.
     """
     files = _find_files(job)
@@ -59,7 +64,7 @@ def list_shards(job: Job) -> ShardList:
     good, bad = [], []
     for name, file, footer in zip(names, files, footers):
         if isinstance(footer, int):
-            good.append(Shard(name, file.uri, file.size_bytes, file.etag, footer))
+            good.append(Shard(name, file.uri, file.size_bytes, file.etag, footer, job.is_batch_jsonl))
         else:
             bad.append((name, footer))
     if not good:
@@ -72,7 +77,8 @@ def list_shards(job: Job) -> ShardList:
 
 @contextmanager
 def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
-    """Open a shard for reading; ShardError if it is gone, no longer Parquet, or another version than listed."""
+    """Open a shard for reading; ShardError if it is gone, no longer Parquet, or another version than listed. A Batch
+    file has the interface of a Parquet file, as far as it is used here."""
     storage, name = split_uri(shard.uri)
     try:
         info = storage.info(name)
@@ -80,30 +86,36 @@ def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
             state = "is gone" if info is None else "was changed"
             raise ShardError(f"{public_uri(shard.uri)} {state} since the run began; run the same command again")
         opened = storage.open_input(name, info.size_bytes)
-        parquet = pq.ParquetFile(opened, pre_buffer=True)
+        file: Any
+        if shard.is_batch_jsonl:
+            file = JsonlFile(opened, shard.num_rows, is_gzip=_is_gzip(name))
+        else:
+            file = pq.ParquetFile(opened, pre_buffer=True)
     except (pa.ArrowException, OSError, StorageError) as error:
         raise ShardError(f"{public_uri(shard.uri)} cannot be read: {_first_line(error)}") from error
     with opened:
-        yield parquet
+        yield file
 
 
 def _find_files(job: Job) -> list[FileInfo]:
     output = job.output.path.rstrip("/") + "/"
     found: dict[str, FileInfo] = {}
     for path in job.input_paths:
-        files = _match(path)
+        files = _match(path, JSONL_SUFFIXES if job.is_batch_jsonl else (".parquet",))
         if not path.startswith(output):  # an output below the input folder is not input to the next run
             files = [file for file in files if not file.uri.startswith(output)]
         if not files:
+            kind, suffix = ("Batch", ".jsonl") if job.is_batch_jsonl else ("Parquet", ".parquet")
             raise JobError(
-                f"input.path: {public_uri(path)} matches no Parquet file; give a file, a glob, "
-                "or a folder with files that end in .parquet"
+                f"input.path: {public_uri(path)} matches no {kind} file; give a file, a glob, "
+                f"or a folder with files that end in {suffix}"
+                + ("" if job.is_batch_jsonl else " (or in .jsonl, with input.format: openai_batch)")
             )
         found.update((file.uri, file) for file in files)
     return list(found.values())
 
 
-def _match(path: str) -> Sequence[FileInfo]:
+def _match(path: str, suffixes: tuple[str, ...]) -> Sequence[FileInfo]:
     try:
         storage, name = split_uri(path.rstrip("/"))
         file = storage.info(name)
@@ -112,15 +124,15 @@ def _match(path: str) -> Sequence[FileInfo]:
         if is_glob(path):
             storage, pattern = split_glob(path)
             return storage.glob(pattern)
-        return [file for file in Storage(path).list() if _is_input(file.path)]
+        return [file for file in Storage(path).list() if _is_input(file.path, suffixes)]
     except StorageError as error:
         raise JobError(f"input.path: {error}") from error
 
 
-def _is_input(path: str) -> bool:
+def _is_input(path: str, suffixes: tuple[str, ...]) -> bool:
     """Files and folders that begin with _ or . are the bookkeeping of other programs."""
     parts = PurePosixPath(path).parts
-    return parts[-1].lower().endswith(".parquet") and not any(part.startswith(("_", ".")) for part in parts)
+    return parts[-1].lower().endswith(suffixes) and not any(part.startswith(("_", ".")) for part in parts)
 
 
 def _name_files(files: Sequence[FileInfo]) -> list[str]:
@@ -139,12 +151,15 @@ def _name_files(files: Sequence[FileInfo]) -> list[str]:
 def _shard_name(path: str) -> str:
     """A file's stem as a name for results: no sign that a shell, a URI or a glob reads in its own way, and no
     leading _ or ., which readers of Parquet folders skip."""
-    return re.sub(r"[^\w.=-]", "_", PurePosixPath(path).stem).lstrip("._") or "shard"
+    name = PurePosixPath(path).name.removesuffix(".gz")
+    return re.sub(r"[^\w.=-]", "_", PurePosixPath(name).stem).lstrip("._") or "shard"
 
 
 def _check_file(job: Job, file: FileInfo) -> int | str:
     """The number of rows, or why the file cannot be used."""
     storage, name = split_uri(file.uri)
+    if job.is_batch_jsonl:
+        return _count_lines(storage, name, file)
     try:
         with storage.open_input(name, file.size_bytes) as opened:
             metadata = pq.read_metadata(opened)
@@ -153,6 +168,18 @@ def _check_file(job: Job, file: FileInfo) -> int | str:
         return f"{public_uri(file.uri)} ({file.size_bytes} bytes) cannot be read as Parquet: {_first_line(error)}"
     mistake = _find_schema_mistake(job, schema)
     return f"{public_uri(file.uri)}: {mistake}" if mistake else int(metadata.num_rows)
+
+
+def _count_lines(storage: Storage, name: str, file: FileInfo) -> int | str:
+    try:
+        with storage.open_input(name, file.size_bytes) as opened:
+            return sum(1 for _ in read_lines(opened, is_gzip=_is_gzip(name)))
+    except (OSError, StorageError) as error:
+        return f"{public_uri(file.uri)} ({file.size_bytes} bytes) cannot be read: {_first_line(error)}"
+
+
+def _is_gzip(name: str) -> bool:
+    return name.lower().endswith(".gz")
 
 
 def _find_schema_mistake(job: Job, schema: pa.Schema) -> str | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from actors.config import EngineConfig
-from actors.requests import Completion, Request, RowError
+from actors.requests import Completion, Request, RowError, Usage
 from pipeline.admission import Attempt
 from pipeline.answering import Answerer, Worker, poisonous
 from pipeline.device_profile import DeviceProfile, keep_profile
@@ -29,6 +29,16 @@ from pipeline.saved_index import SavedIndex
 from pipeline.shards import ShardError
 from pipeline.slices import SliceName, SliceTimes, publish_slice, slice_table
 from pipeline.storage import Storage, StorageError
+
+_SUMS = (
+    "prompt_tokens",
+    "cached_tokens",
+    "completion_tokens",
+    "drafted_tokens",
+    "accepted_tokens",
+    "device_seconds",
+    "num_preemptions",
+)
 
 MAX_SAVE_WAIT_S = 5.0
 """How long a slice's event waits for the drafters' index to be saved: after a run's last event its workers are gone."""
@@ -129,7 +139,7 @@ class SliceRunner:
     async def _run(self, slice_: Slice, name: SliceName, attempt: Attempt) -> SliceDone:
         started_at = time.time()
         completions = await self._answer(slice_, attempt)
-        table = await asyncio.to_thread(slice_table, self._spec.job.sampling, slice_.rows, completions, self._price)
+        table = await asyncio.to_thread(slice_table, self._spec.job.answer_shape, slice_.rows, completions, self._price)
         times = self._times(slice_, attempt, started_at)
         summary = _summarise(slice_, completions, times, self._answerer.num_rebuilds, self._price.cost_usd(1.0))
         started_writing = time.perf_counter()
@@ -146,17 +156,17 @@ class SliceRunner:
 
     async def _answer(self, slice_: Slice, attempt: Attempt) -> list[Completion]:
         """One completion per planned row, in order; rows that were found bad in planning never see the engine."""
-        requests = {
-            int(request.request_id): replace(request, request_id=f"{slice_.shard}/{request.request_id}")
-            for request in slice_.requests(self._spec.job.sampling)
-        }
+        requests: dict[int, list[Request]] = {}
+        for request in slice_.requests(self._spec.job.sampling):
+            named = replace(request, request_id=f"{slice_.shard}/{request.request_id}")
+            requests.setdefault(_row_of(request), []).append(named)
         answers = {row.row_index: Completion("", error=row.error) for row in slice_.rows if row.error is not None}
-        answers.update((row, poisonous(requests.pop(row))) for row in attempt.poison)
+        answers.update((row, poisonous(requests.pop(row)[0])) for row in attempt.poison)
         if attempt.action == "give_up":
-            answers.update((row, _given_up(request, attempt.number)) for row, request in requests.items())
+            answers.update((row, _given_up(several[0], attempt.number)) for row, several in requests.items())
             requests = {}
-        completions = await self._send(slice_, list(requests.values()), attempt)
-        answers.update(zip(requests, completions))
+        completions = iter(await self._send(slice_, [one for several in requests.values() for one in several], attempt))
+        answers.update((row, _join([next(completions) for _ in several])) for row, several in requests.items())
         return [answers[row.row_index] for row in slice_.rows]
 
     async def _send(self, slice_: Slice, requests: list[Request], attempt: Attempt) -> list[Completion]:
@@ -166,10 +176,9 @@ class SliceRunner:
             return await self._answerer.answer(requests)
 
         async def try_rows(rows: Sequence[Request]) -> None:
-            indices = frozenset(int(request.request_id.rpartition("/")[2]) for request in rows)
-            await self._gate.try_rows((slice_.shard, slice_.index), indices)
+            await self._gate.try_rows((slice_.shard, slice_.index), frozenset(_row_of(request) for request in rows))
 
-        suspects = frozenset(f"{slice_.shard}/{row}" for row in attempt.suspects)
+        suspects = frozenset(request.request_id for request in requests if _row_of(request) in attempt.suspects)
         return await self._answerer.answer_carefully(requests, suspects, try_rows)
 
     def _times(self, slice_: Slice, attempt: Attempt, started_at: float) -> SliceTimes:
@@ -204,6 +213,28 @@ class SliceRunner:
             worker = EngineWorker(config)
         self._index.load_into(worker)
         return worker
+
+
+def _row_of(request: Request) -> int:
+    """The key of a request's row: its id is that, with the shard before and the number of a further prompt behind."""
+    return int(request.request_id.rpartition("/")[2].partition(".")[0])
+
+
+def _join(completions: Sequence[Completion]) -> Completion:
+    """One completion of a row's prompts; an error if any of them is one."""
+    first, *more = completions
+    if not more:
+        return first
+    usages = [completion.usage for completion in completions]
+    usage = Usage(
+        **{name: sum(getattr(one, name) for one in usages) for name in _SUMS},
+        time_to_first_token_s=first.usage.time_to_first_token_s,
+        inter_token_s=first.usage.inter_token_s,
+    )
+    error = next((completion.error for completion in completions if completion.error is not None), None)
+    outputs = [] if error else [output for completion in completions for output in completion.outputs]
+    numbered = [replace(output, index=index) for index, output in enumerate(outputs)]
+    return Completion(first.request_id, numbered, usage, error)
 
 
 class _Meter:

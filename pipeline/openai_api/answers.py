@@ -32,14 +32,18 @@ def usage_of(usages: Sequence[Usage]) -> dict[str, Any]:
 
 
 class _Answer(ABC):
-    """One response: its id and time, and a place for what its choices need from chunk to chunk."""
+    """One response: its id and time, and a place for what its choices need from chunk to chunk. `line_id` and
+    `created` are given where an answer is written down a second time."""
 
     whole_object: str
     chunk_object: str
 
-    def __init__(self, model: str, prefix: str, fingerprint: str | None) -> None:
-        self.id = f"{prefix}-{secrets.token_hex(12)}"
-        self._head = {"created": int(time.time()), "model": model, "system_fingerprint": fingerprint}
+    def __init__(
+        self, model: str, prefix: str, fingerprint: str | None, line_id: str | None, created: int | None
+    ) -> None:
+        self.id = f"{prefix}-{line_id or secrets.token_hex(12)}"
+        created = int(time.time()) if created is None else created
+        self._head = {"created": created, "model": model, "system_fingerprint": fingerprint}
 
     def whole(self, completions: Sequence[Completion]) -> dict[str, Any]:
         """The answer at once; completions in the order of the prompts, none with an error."""
@@ -66,8 +70,10 @@ class ChatAnswer(_Answer):
     whole_object: Literal["chat.completion"] = "chat.completion"
     chunk_object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
 
-    def __init__(self, model: str, fingerprint: str | None = None) -> None:
-        super().__init__(model, "chatcmpl", fingerprint)
+    def __init__(
+        self, model: str, fingerprint: str | None = None, *, line_id: str | None = None, created: int | None = None
+    ) -> None:
+        super().__init__(model, "chatcmpl", fingerprint, line_id, created)
 
     def opening_chunks(self, num_choices: int) -> list[dict[str, Any]]:
         """What a stream begins with: the role of each choice."""
@@ -97,8 +103,10 @@ class TextAnswer(_Answer):
     whole_object: Literal["text_completion"] = "text_completion"
     chunk_object: Literal["text_completion"] = "text_completion"
 
-    def __init__(self, model: str, fingerprint: str | None = None) -> None:
-        super().__init__(model, "cmpl", fingerprint)
+    def __init__(
+        self, model: str, fingerprint: str | None = None, *, line_id: str | None = None, created: int | None = None
+    ) -> None:
+        super().__init__(model, "cmpl", fingerprint, line_id, created)
         self._offsets: Counter[int] = Counter()  # by choice: characters of the tokens whose logprobs are out
 
     def opening_chunks(self, num_choices: int) -> list[dict[str, Any]]:
