@@ -78,13 +78,22 @@ class _Context:
 
 @dataclass(slots=True)
 class _Merge:
-    """Which partial results make which query rows: `single_parts` are the whole result of `single_rows`; the parts of
-    `rows` are in `table`, padded with a part of weight 0 where `is_padding`. `is_in_order`: each part is the whole
-    result of its own row."""
+    """Which partial results make which query rows: `single_parts` are the whole result of `single_rows`, those of all
+    others are in `tables`. `is_in_order`: each part is the whole result of its own row."""
 
     is_in_order: bool
     single_rows: Tensor
     single_parts: Tensor
+    tables: list[_MergeTable]
+
+
+@dataclass(slots=True)
+class _MergeTable:
+    """Rows with about as many parts: those of `rows` are in `table`, padded with a part of weight 0 where `is_padding`.
+
+    Were decodes, with a part for every page, in one table with the chunks of prompts beside them, which have two or
+    three, that would be padded to the decodes' parts: such steps took half as long again."""
+
     rows: Tensor
     table_RM: Tensor
     is_padding_RM1: Tensor
@@ -258,11 +267,18 @@ def _plan_merge(row_of_part: Tensor, num_tokens: int) -> _Merge:
     counts = torch.bincount(row_of_part, minlength=num_tokens + 1)
     starts = counts.cumsum(0) - counts
     single_rows = (counts[:num_tokens] == 1).nonzero().squeeze(1)
-    rows = (counts[:num_tokens] > 1).nonzero().squeeze(1)
-    steps_M = torch.arange(int(counts[:num_tokens].max()))
-    is_padding_RM = steps_M >= counts[rows][:, None]
-    table_RM = order[torch.where(is_padding_RM, starts[rows][:, None], starts[rows][:, None] + steps_M)]
-    return _Merge(is_in_order, single_rows, order[starts[single_rows]], rows, table_RM, is_padding_RM[:, :, None])
+    tables = []
+    num_parts, most = 1, int(counts[:num_tokens].max())
+    while num_parts < most:
+        fewest, num_parts = num_parts, 2 * num_parts
+        rows = ((counts[:num_tokens] > fewest) & (counts[:num_tokens] <= num_parts)).nonzero().squeeze(1)
+        if len(rows) == 0:
+            continue
+        steps_M = torch.arange(int(counts[rows].max()))
+        is_padding_RM = steps_M >= counts[rows][:, None]
+        table_RM = order[torch.where(is_padding_RM, starts[rows][:, None], starts[rows][:, None] + steps_M)]
+        tables.append(_MergeTable(rows, table_RM, is_padding_RM[:, :, None]))
+    return _Merge(is_in_order, single_rows, order[starts[single_rows]], tables)
 
 
 def _buckets(requests: list[int], query_lens: list[int]) -> list[list[int]]:
@@ -361,14 +377,15 @@ def _merge_parts(plan: _Merge, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tenso
     merged_TND = q_TKGD.new_empty(num_tokens, num_kv_heads * num_grouped, head_dim)
     if len(plan.single_rows):
         merged_TND.index_copy_(0, plan.single_rows, output_XND.index_select(0, plan.single_parts))
-    if len(plan.rows):
+    if plan.tables:
         lse_XN = torch.cat([lse.flatten(1, 2) for _, lse in parts]) if len(parts) > 1 else parts[0][1].flatten(1, 2)
-        shape_RM = plan.table_RM.shape
-        lse_RMN = lse_XN.index_select(0, plan.table_RM.flatten()).view(*shape_RM, -1)
-        weight_RMN = lse_RMN.masked_fill_(plan.is_padding_RM1, float("-inf")).softmax(1)
-        output_RMND = output_XND.index_select(0, plan.table_RM.flatten()).view(*shape_RM, -1, head_dim)
+    for table in plan.tables:
+        shape_RM = table.table_RM.shape
+        lse_RMN = lse_XN.index_select(0, table.table_RM.flatten()).view(*shape_RM, -1)
+        weight_RMN = lse_RMN.masked_fill_(table.is_padding_RM1, float("-inf")).softmax(1)
+        output_RMND = output_XND.index_select(0, table.table_RM.flatten()).view(*shape_RM, -1, head_dim)
         merged_RND = (output_RMND * weight_RMN.unsqueeze(-1)).sum(1).to(q_TKGD.dtype)
-        merged_TND.index_copy_(0, plan.rows, merged_RND)
+        merged_TND.index_copy_(0, table.rows, merged_RND)
     return merged_TND
 
 
