@@ -15,6 +15,7 @@ import os
 import platform
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -215,6 +216,10 @@ def shapes_to_measure(limits: Limits) -> list[list[StepShape]]:
             *(StepShape(num, 39 * num, is_first=True) for num in (1, 2, 3, 4, 5)),
             StepShape(16, 1, short, is_drawn=True),
             StepShape(16, 1, long),
+            # Prompts behind a beginning that is in the cache: most of what a plan by prefixes leaves to compute.
+            StepShape(16, 48, short),
+            StepShape(16, 48, max(1, long // 2 - 48)),
+            StepShape(48, 64, short),
         ],
         [
             *itertools.chain.from_iterable(_mixed(n, short, 7, limits) for n in between),
@@ -324,15 +329,27 @@ def _describe_engine(
         "device": _device_name(decoder.device),
         "architecture": asdict(architecture),
         "dtype": str(decoder.dtype),
-        "linears": decoder.describe(),
+        "linears": _forms(decoder),
+        "group_size": config.group_size,
         "kv_bytes_per_token": decoder.kv_bytes_per_token,
         "kv_cache_dtype": config.kv_cache_dtype,
         "deterministic": config.deterministic,
         "enable_prefix_groups": config.enable_prefix_groups,
+        "enforce_eager": config.enforce_eager,
         "limits": asdict(limits),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "shoal": _version()},
     }
     return json.loads(json.dumps(key))
+
+
+def _forms(decoder: Decoder) -> dict[str, int]:
+    """What the linear layers are multiplied as. Up to how many tokens a CPU multiplies packed int4 is measured at each
+    start, by a hair's breadth: with it in the key, two starts in three found nothing and measured again."""
+    forms: Counter[str] = Counter()
+    for line in decoder.describe():
+        number, _, form = line.partition(" x ")
+        forms["int4 and a copy" if "int4" in form and "copy" in form else form] += int(number)
+    return dict(forms)
 
 
 def _device_name(device: torch.device) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Annotated
@@ -67,7 +68,9 @@ def plan_command(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as for shoal run.")
     ] = None,
     sample_rows: Annotated[int, typer.Option(min=1, help="Rows to read; a smaller corpus is counted whole.")] = 4000,
-    pilot_rows: Annotated[int, typer.Option(min=0, help="Rows to answer on this machine; 0 for none.")] = 32,
+    pilot_rows: Annotated[
+        int | None, typer.Option(min=0, help="Rows to answer on this machine, 0 for none; else what takes 3 s.")
+    ] = None,
     output_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer, instead of a pilot.")] = None,
     step_times: Annotated[
         str | None, typer.Option(help="A file of another output's step_times/, for a device that is not here.")
@@ -91,6 +94,35 @@ def status_command(output: Annotated[str, typer.Argument(help="A run's output fo
     raise typer.Exit(status(output))
 
 
+@app.command("nightly")
+def nightly_command(
+    job: Annotated[str, typer.Argument(help="The job file (YAML).")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one key, as for shoal run.")
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="For a night that is still at work.")] = 0.0,
+    dry_run: Annotated[bool, typer.Option(help="Say what is new and what it may cost, and do nothing.")] = False,
+    history: Annotated[bool, typer.Option(help="Print the last nights, and do nothing.")] = False,
+    last: Annotated[int, typer.Option(min=1, help="How many nights --history prints.")] = 30,
+    strict: Annotated[bool, typer.Option(help="Exit 7 if all is done but the night was not as usual.")] = False,
+    recompute: Annotated[
+        bool, typer.Option(help="If the job has changed, answer the whole corpus again, in place of what is there.")
+    ] = False,
+    remove_vanished: Annotated[
+        bool, typer.Option(help="Remove the results of shards whose input file is gone.")
+    ] = False,
+) -> None:
+    """Answer what is new or changed, alone on its output, and keep a history of the nights."""
+    from jobs.nightly import NightlySettings, foretell, nightly, show_history
+
+    if history:
+        raise typer.Exit(show_history(job, overrides or [], last))
+    if dry_run:
+        raise typer.Exit(foretell(job, overrides or []))
+    settings = NightlySettings(wait, recompute, remove_vanished, strict)
+    raise typer.Exit(nightly(job, overrides or [], settings))
+
+
 @app.command("schema")
 def schema_command() -> None:
     """Print the JSON Schema of the job file."""
@@ -108,9 +140,13 @@ def serve_command(
     ] = None,
 ) -> None:
     """Answer OpenAI's clients online, until stopped."""
-    from jobs.serve import run_serve
+    from jobs.ingress import choose_ingress
 
-    raise typer.Exit(run_serve(config, overrides or []))
+    with tempfile.TemporaryDirectory(prefix="shoal-serve-") as folder:
+        choose_ingress(Path(folder))
+        from jobs.serve import run_serve  # after that: Serve reads the environment when it is imported
+
+        raise typer.Exit(run_serve(config, overrides or []))
 
 
 @app.command("demo")

@@ -32,17 +32,21 @@ from pipeline.slice_runner import max_actors
 from pipeline.storage import Storage, absolute_uri, public_uri
 
 SAMPLE_ROWS = 4000
-PILOT_ROWS = 32
+PILOT_S = 3.0
+"""How long a pilot takes, about, unless it was told how many rows to answer."""
+
+MOST_PILOT_ROWS = 1024
 BAR_WIDTH = 40
 NUM_BINS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class PlanSettings:
-    """What `shoal plan` was asked for. output_tokens: of every answer, instead of a pilot; step_times: a file."""
+    """What `shoal plan` was asked for. pilot_rows None: as many as take PILOT_S. output_tokens: of every answer, if no
+    pilot is to tell. step_times: a file."""
 
     sample_rows: int = SAMPLE_ROWS
-    pilot_rows: int = PILOT_ROWS
+    pilot_rows: int | None = None
     output_tokens: int | None = None
     step_times: str | None = None
     seed: int = 0
@@ -80,9 +84,8 @@ def make_plan(
     shards = list_shards(job)
     output = Storage(job.output.path)
     tokenizer = load_tokenizer(job.engine.tokenizer or job.model)
-    sample = sample_corpus(
-        job, tokenizer, shards.good, settings.sample_rows, settings.seed, num_prompts=settings.pilot_rows
-    )
+    num_prompts = MOST_PILOT_ROWS if settings.pilot_rows is None else settings.pilot_rows
+    sample = sample_corpus(job, tokenizer, shards.good, settings.sample_rows, settings.seed, num_prompts)
     notes = [f"shard {name} cannot be used and is not in these figures: {reason}" for name, reason in shards.bad]
     profile = read_profile(absolute_uri(settings.step_times, Path.cwd())) if settings.step_times else None
     if profile is not None:
@@ -138,9 +141,9 @@ def _gain_experience(
     if not sample.prompts:
         notes.append("no sampled row has a prompt that can be answered, so there was no pilot")
         return None, None
-    say(f"pilot: answering {len(sample.prompts)} rows on this machine")
+    say(f"pilot: answering {'some' if settings.pilot_rows is None else len(sample.prompts)} rows on this machine")
     try:
-        experience, profile = run_pilot(job, sample.prompts)
+        experience, profile = run_pilot(job, sample.prompts, PILOT_S if settings.pilot_rows is None else None)
     except (ValueError, RuntimeError, MemoryError) as error:  # too large for this machine, or no device
         notes.append(f"no pilot was possible on this machine: {type(error).__name__}: {error}")
         return None, None
@@ -172,9 +175,9 @@ def _describe_sample(sample: CorpusSample) -> str:
 def _describe_answers(experience: Experience | None, output_tokens: int | None) -> str:
     if output_tokens is not None:
         return f"{output_tokens:,} tokens each, as given"
-    if experience is None or len(experience.rows) == 0:
+    if experience is None or len(experience.lengths_N) == 0:
         return ""
-    lengths = experience.rows.output_N
+    lengths = experience.lengths_N
     p10, p50, p90 = np.percentile(lengths, [10, 50, 90])
     return f"{experience.source}: mean {lengths.mean():.1f} tokens, p10 {p10:.0f}, p50 {p50:.0f}, p90 {p90:.0f}"
 

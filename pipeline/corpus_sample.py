@@ -33,6 +33,12 @@ MIN_SHARDS = 4
 MIN_ROW_GROUPS = 4
 """Likewise of a shard that is not read whole: neighbours in a file are often alike."""
 
+NUM_SINGLES = 32
+"""Of the prompts for a pilot, so many are single rows, as different as can be."""
+
+RUN_ROWS = 16
+"""The others are runs of so many rows which follow each other in the plan, and share with each other what they will."""
+
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
@@ -76,7 +82,8 @@ class ShardSample:
 
 @dataclass(frozen=True, slots=True)
 class CorpusSample:
-    """The shards read, of `num_shards` with `num_rows` rows. `prompts`: token ids of rows for a pilot."""
+    """The shards read, of `num_shards` with `num_rows` rows. `prompts`: token ids of rows for a pilot, NUM_SINGLES
+    single ones first, then runs of neighbours."""
 
     num_shards: int
     num_rows: int
@@ -105,15 +112,33 @@ def sample_corpus(
     num_chosen = sum(shard.num_rows for shard in chosen)
     renderer = Renderer(job, tokenizer)
     samples: list[ShardSample] = []
-    prompts: list[PackedRow] = []
+    singles: list[PackedRow] = []
+    runs: list[list[PackedRow]] = []
     for shard in chosen:
         wanted = shard.num_rows if num_chosen <= num_rows else max(1, round(num_rows * shard.num_rows / num_chosen))
         sample, rows = _sample_shard(job, renderer, shard, wanted, rng)
         samples.append(sample)
-        share = math.ceil(num_prompts * shard.num_rows / num_chosen) if num_chosen else 0
-        prompts += rng.sample(rows, min(share, len(rows)))
-    prompts = sorted(rng.sample(prompts, min(num_prompts, len(prompts))), key=lambda row: row.order)
-    return CorpusSample(len(shards), total, samples, prompts)
+        share = shard.num_rows / num_chosen if num_chosen else 0.0
+        chosen_singles, chosen_runs = _choose_prompts(rows, share, num_prompts, rng)
+        singles += chosen_singles
+        runs += chosen_runs
+    rng.shuffle(singles)
+    rng.shuffle(runs)
+    num_singles = min(len(singles), NUM_SINGLES)
+    prompts = singles[:num_singles] + [row for run in runs for row in run] + singles[num_singles:]
+    return CorpusSample(len(shards), total, samples, prompts[:num_prompts])
+
+
+def _choose_prompts(
+    rows: Sequence[PackedRow], share: float, num_prompts: int, rng: random.Random
+) -> tuple[list[PackedRow], list[list[PackedRow]]]:
+    """A shard's share of the prompts: single rows, and runs of rows which follow each other in its plan."""
+    num_singles = min(len(rows), math.ceil(share * min(num_prompts, NUM_SINGLES)))
+    single = set(rng.sample(range(len(rows)), num_singles))
+    num_runs = min(math.ceil(len(rows) / RUN_ROWS), math.ceil(share * max(0, num_prompts - NUM_SINGLES) / RUN_ROWS))
+    starts = rng.sample(range(0, len(rows), RUN_ROWS), num_runs)
+    runs = [[rows[i] for i in range(start, min(start + RUN_ROWS, len(rows))) if i not in single] for start in starts]
+    return [rows[i] for i in sorted(single)], runs
 
 
 def _choose_shards(shards: Sequence[Shard], num_rows: int, rng: random.Random) -> list[Shard]:

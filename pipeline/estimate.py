@@ -194,9 +194,9 @@ def _describe_corpus(sample: CorpusSample, totals: Totals, draws: Totals | None,
 def _answer_lengths(experience: Experience | None, output_tokens: int | None) -> Floats | None:
     if output_tokens is not None:
         return np.array([float(output_tokens)])
-    if experience is None or len(experience.rows) == 0:
+    if experience is None or len(experience.lengths_N) == 0:
         return None
-    return experience.rows.output_N.astype(np.float64)
+    return experience.lengths_N.astype(np.float64)
 
 
 def _mean_output(sample: CorpusSample, answers: Floats) -> float:

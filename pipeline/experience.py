@@ -22,14 +22,21 @@ from numpy.typing import NDArray
 from actors.engine import Engine
 from actors.requests import Completion, Request, SamplingParams
 from actors.step_measurement import MAX_KEPT_ERROR, MIN_OWN_SHARE
+from pipeline.corpus_sample import NUM_SINGLES
 from pipeline.device_profile import DeviceProfile
 from pipeline.engine_simulation import NO_DRAFTS, Drafting, RowNumbers
 from pipeline.job import Job
 from pipeline.ledger import read_metrics, read_runs
-from pipeline.prefix_plan import PackedRow, shared_prefix_lengths
+from pipeline.prefix_plan import PackedRow, PlannedRow, shared_prefix_lengths
 from pipeline.results import RESULTS
 from pipeline.slice_runner import device_name, max_actors, threads_per_actor
 from pipeline.storage import Storage
+
+FIRST_ROWS = NUM_SINGLES
+"""Rows of a pilot that are answered before any is timed, if more follow."""
+
+MIN_MOST_ROWS = 256
+"""A pilot may answer so many rows, or twice `max_num_seqs`, if its time allows."""
 
 MAX_SHARDS = 8
 """Results of so many shards are looked at."""
@@ -42,12 +49,13 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Experience:
-    """`num_rows` that were tried. rows, busy_s: completions that were computed, and the time that they took, prefill_s
-    of it for prompts; None when that says nothing about the pool. own_share: what others left of the time, which alone
-    is in busy_s. idle_s, load_s: of an actor besides."""
+    """`num_rows` that were tried. lengths_N: tokens of all their completions. rows, busy_s: completions that were
+    timed, and the time that they took, prefill_s of it for prompts; None when that says nothing about the pool.
+    own_share: what others left of the time, which alone is in busy_s. idle_s, load_s: of an actor besides."""
 
     source: str
     num_rows: int
+    lengths_N: Ints
     rows: RowNumbers
     busy_s: float | None
     prefill_s: float = 0.0
@@ -70,11 +78,15 @@ def runs_here(job: Job) -> bool:
     return torch.cuda.is_available() or not needs_gpu
 
 
-def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, DeviceProfile | None]:
-    """Answer these rows (sorted as a plan has them) by an engine of the job's settings, on this machine.
+def run_pilot(
+    job: Job, prompts: Sequence[PackedRow], seconds: float | None = None
+) -> tuple[Experience, DeviceProfile | None]:
+    """Answer rows by an engine of the job's settings, on this machine. `prompts`: as a CorpusSample has them.
 
-    The profile is that of this machine's device; None if the pool's devices are elsewhere. ValueError if the engine
-    cannot be made.
+    seconds: answer FIRST_ROWS, and then at once as many more as take about so long, for a full engine has another pace
+    than a few rows have, and drafts are better when something was answered before; only these are timed then. None:
+    all, at once. The profile is that of this machine's device; None if the pool's devices are elsewhere. ValueError if
+    the engine cannot be made.
     """
     is_here = runs_here(job)
     config = job.engine.model_copy(update={"num_threads": job.engine.num_threads or threads_per_actor(job)})
@@ -82,31 +94,31 @@ def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, Devic
         config = config.model_copy(update={"device": "auto"})
     engine = Engine(config)
     _warm_up(engine, prompts[0])
-    busy_before_ns, prefill_before_ns = engine.stats.busy_ns, engine.stats.prefill_ns
-    for number, row in enumerate(prompts):
-        planned = row.to_planned()
-        engine.add(Request(str(number), planned.prompt_token_ids, planned.sampling(job.sampling), row.seed))
-    done: list[Completion] = []
-    started, started_own = time.perf_counter(), time.thread_time()
-    while engine.has_unfinished():
-        done += engine.step()
+    wave = _answer(engine, job, prompts if seconds is None else prompts[:FIRST_ROWS])
+    waves = [wave]
+    if seconds is not None:
+        most = max(MIN_MOST_ROWS, 2 * config.max_num_seqs)
+        num_more = int(min(len(prompts) - FIRST_ROWS, FIRST_ROWS * seconds / wave.wall_s, most))
+        if num_more >= FIRST_ROWS:
+            wave = _answer(engine, job, prompts[FIRST_ROWS : FIRST_ROWS + num_more])
+            waves.append(wave)
+    num_rows = sum(len(one.prompts) for one in waves)
     # On a CPU this thread works or spins all the time; where it did not, others had its core.
-    own_share = (time.thread_time() - started_own) / (time.perf_counter() - started)
-    own_share = 1.0 if engine.device.type == "cuda" or own_share > MIN_OWN_SHARE else own_share
-    done.sort(key=lambda completion: int(completion.request_id))
-    good = [completion for completion in done if completion.error is None]
-    rows = _rows_of([prompts[int(c.request_id)] for c in good], good)
+    own_share = 1.0 if engine.device.type == "cuda" or wave.own_s > MIN_OWN_SHARE * wave.wall_s else wave.own_share
+    good = wave.good
+    rows = _rows_of(job, [wave.prompts[int(c.request_id)] for c in good], good)
     experience = Experience(
-        source=f"a pilot of {len(prompts):,} rows on this machine",
+        source=f"a pilot of {num_rows:,} rows on this machine",
         rows=rows,
-        busy_s=own_share * (engine.stats.busy_ns - busy_before_ns) / 1e9 if is_here else None,
-        prefill_s=own_share * (engine.stats.prefill_ns - prefill_before_ns) / 1e9,
+        lengths_N=np.array([len(o.token_ids) for one in waves for c in one.good for o in c.outputs], np.int64),
+        busy_s=own_share * wave.busy_s if is_here else None,
+        prefill_s=own_share * wave.prefill_s,
         own_share=own_share,
         drafting=_drafting(
             job, rows, sum(c.usage.drafted_tokens for c in good), sum(c.usage.accepted_tokens for c in good)
         ),
-        errors=Counter(c.error.kind for c in done if c.error is not None),
-        num_rows=len(prompts),
+        errors=Counter(c.error.kind for one in waves for c in one.completions if c.error is not None),
+        num_rows=num_rows,
     )
     if not is_here:
         return experience, None
@@ -115,6 +127,45 @@ def run_pilot(job: Job, prompts: Sequence[PackedRow]) -> tuple[Experience, Devic
     num_pages = engine.scheduler.pool.num_pages
     profile = DeviceProfile.of_worker(job, device_name(str(engine.device)), engine.step_times, num_pages, load_s)
     return experience, replace(profile, source="measured on this machine")
+
+
+@dataclass(frozen=True, slots=True)
+class _Wave:
+    """Rows that an engine answered at once, in the order of a plan; `completions` in that order too, their ids are the
+    places of the rows. own_s: of wall_s, what the engine's thread had a core for."""
+
+    prompts: list[PackedRow]
+    completions: list[Completion]
+    wall_s: float
+    own_s: float
+    busy_s: float
+    prefill_s: float
+
+    @property
+    def own_share(self) -> float:
+        return self.own_s / self.wall_s
+
+    @property
+    def good(self) -> list[Completion]:
+        return [completion for completion in self.completions if completion.error is None]
+
+
+def _answer(engine: Engine, job: Job, prompts: Sequence[PackedRow]) -> _Wave:
+    ordered = sorted(prompts, key=lambda row: row.order)
+    busy_ns, prefill_ns = engine.stats.busy_ns, engine.stats.prefill_ns
+    for number, row in enumerate(ordered):
+        planned = PlannedRow(row.row_index, row.token_ids.tolist(), row.overrides, row.seed)
+        engine.add(Request(str(number), planned.prompt_token_ids, planned.sampling(job.sampling), row.seed))
+    done: list[Completion] = []
+    started, started_own = time.perf_counter(), time.thread_time()
+    while engine.has_unfinished():
+        done += engine.step()
+    wall_s, own_s = time.perf_counter() - started, time.thread_time() - started_own
+    done.sort(key=lambda completion: int(completion.request_id))
+    busy_s, prefill_s = (
+        (now - before) / 1e9 for now, before in ((engine.stats.busy_ns, busy_ns), (engine.stats.prefill_ns, prefill_ns))
+    )
+    return _Wave(ordered, done, wall_s, own_s, busy_s, prefill_s)
 
 
 def _warm_up(engine: Engine, row: PackedRow) -> None:
@@ -154,6 +205,7 @@ def read_experience(job: Job, output: Storage, shards: Sequence[str]) -> Experie
     return Experience(
         source=f"{len(prompt_N):,} rows of this output that are answered",
         rows=rows,
+        lengths_N=rows.output_N,
         busy_s=math.fsum(values["device_seconds"][is_computed]),
         prefill_s=math.fsum(row["prefill_seconds"] for row in mine),
         drafting=_drafting(
@@ -180,10 +232,12 @@ def with_samples(rows: RowNumbers, num_samples_N: Ints) -> RowNumbers:
     )
 
 
-def _rows_of(prompts: Sequence[PackedRow], completions: Sequence[Completion]) -> RowNumbers:
+def _rows_of(job: Job, prompts: Sequence[PackedRow], completions: Sequence[Completion]) -> RowNumbers:
     """Answered rows in the order of a plan, one per completion."""
     prompt_N = np.array([len(row.token_ids) for row in prompts], np.int64)
     shared_N = shared_prefix_lengths([row.token_ids for row in prompts]).astype(np.int64)
+    if not job.engine.enable_prefix_caching:
+        shared_N[:] = 0
     num_samples_N = np.array([len(completion.outputs) for completion in completions], np.int64)
     expanded = with_samples(RowNumbers(prompt_N, shared_N, np.ones_like(prompt_N)), num_samples_N)
     output_X = np.array(

@@ -257,7 +257,7 @@ def known(write_corpus, write_job):
 
 def answered(lengths: np.ndarray, busy_s: float | None = None) -> Experience:
     prompt_N = np.full(len(lengths), 50)
-    return Experience("a test", len(lengths), RowNumbers(prompt_N, np.zeros_like(prompt_N), lengths), busy_s)
+    return Experience("a test", len(lengths), lengths, RowNumbers(prompt_N, np.zeros_like(prompt_N), lengths), busy_s)
 
 
 PRICE = Price(3600.0, "a dollar a second")
