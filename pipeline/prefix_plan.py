@@ -210,7 +210,7 @@ def plan_shard(job: Job, shard: Shard, tokenizer: Any) -> ShardPlan:
 
     job: resolved, so that prompts which are too long are found here. tokenizer: a transformers tokenizer.
     """
-    rows = [pack_row(job, shard, index, rendered) for index, rendered in enumerate(_render_rows(job, shard, tokenizer))]
+    rows = [pack_row(job, shard, index, rendered) for index, rendered in enumerate(render_rows(job, shard, tokenizer))]
     num_rows = len(rows)
     rows, shared = order_rows(rows)
     computed = np.array([len(row.token_ids) for row in rows], np.int64) - shared
@@ -316,7 +316,8 @@ def _fill(total: NDArray[np.int64], start: int, tokens: float, max_rows: int) ->
     return max(start + 1, min(end, start + max_rows))
 
 
-def _render_rows(job: Job, shard: Shard, tokenizer: Any) -> Iterator[RenderedRow]:
+def render_rows(job: Job, shard: Shard, tokenizer: Any) -> Iterator[RenderedRow]:
+    """A shard's rows in its order, a batch of them in memory at a time. ShardError if the file cannot be read."""
     renderer = Renderer(job, tokenizer)
     for batch in _read_batches(shard, renderer.columns):
         yield from renderer.render(batch)

@@ -77,7 +77,11 @@ class SliceName:
     @classmethod
     def of(cls, part: Slice | ShardPlan, index: int, fingerprint: str) -> SliceName:
         etag = part.etag if isinstance(part, Slice) else part.shard.etag
-        return cls(index, part.num_slices, fingerprint[:12], _short_hash(etag), _short_hash(part.plan_id))
+        return cls.of_plan(index, part.num_slices, fingerprint, etag, part.plan_id)
+
+    @classmethod
+    def of_plan(cls, index: int, num_slices: int, fingerprint: str, etag: str, plan_id: str) -> SliceName:
+        return cls(index, num_slices, fingerprint[:12], _short_hash(etag), _short_hash(plan_id))
 
     @classmethod
     def parse(cls, file_name: str) -> SliceName | None:

@@ -21,6 +21,7 @@ from pipeline.job import PlanSection
 from pipeline.parquet import METADATA_KEY, to_parquet
 from pipeline.prefix_plan import Slice, read_rows
 from pipeline.shards import Shard, ShardError
+from pipeline.slices import SliceName
 from pipeline.storage import Storage, public_uri
 
 PLANS = "_plan"
@@ -126,6 +127,24 @@ class SliceTable(Sequence[PlannedSlice]):
         empty = np.empty(0, np.int32)
         return cls(paths, columns, offsets, np.concatenate([empty, *(s.shards for s in slices)]).astype(np.int32))
 
+    @classmethod
+    def concatenate(cls, tables: Sequence[SliceTable]) -> SliceTable:
+        """The slices of several tables, numbered anew in their order."""
+        first_paths = np.cumsum([0, *(len(table.paths) for table in tables)])
+        columns = {
+            name: np.concatenate([np.empty(0, dtype), *(table.columns[name] for table in tables)])
+            for name, dtype in _COLUMNS.items()
+        }
+        nothing = np.empty(0, np.int32)
+        columns["part"] = np.concatenate([nothing, *(t.columns["part"] + n for t, n in zip(tables, first_paths))])
+        counts = np.concatenate([nothing, *(np.diff(table.shard_offsets) for table in tables)])
+        return cls(
+            [path for table in tables for path in table.paths],
+            columns,
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            np.concatenate([nothing, *(table.shards for table in tables)]).astype(np.int32),
+        )
+
     @property
     def paths(self) -> list[str]:
         return self._paths
@@ -186,6 +205,14 @@ class CorpusManifest:
 
     def shard_number(self, name: str) -> int:
         return next(number for number, shard in enumerate(self.shards) if shard.name == name)
+
+    def slice_name(self, index: int) -> SliceName:
+        """The name of the slice object with the answers of slice `index`; it lies at `.path(CORPUS)`."""
+        return SliceName.of_plan(index, len(self.slices), self.fingerprint, self.etag, self.plan_id)
+
+    def owns(self, name: SliceName) -> bool:
+        """Whether a slice object's name says that it holds answers of this plan."""
+        return 0 <= name.index < len(self.slices) and name == self.slice_name(name.index)
 
     def ref(self, index: int) -> SliceRef:
         piece = self.slices[index]
