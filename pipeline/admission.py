@@ -70,14 +70,10 @@ class _Trial:
 
 @dataclass(frozen=True, slots=True)
 class CorpusWork:
-    """The slices of a planned corpus: who gets which, and for each what a process needs to read it.
-
-    found: those that were published before, whose events have yet to be told.
-    """
+    """The slices of a planned corpus: who gets which, and for each what a process needs to read it."""
 
     dispatch: Dispatch
     ref: Callable[[int], Any]
-    found: tuple[int, ...] = ()
 
 
 class Admission:
@@ -106,14 +102,6 @@ class Admission:
         async with self._changed:
             self._work = self._work or work
             self._changed.notify_all()
-
-    async def found_slices(self) -> list[Any] | None:
-        """Wait until the corpus is planned; the refs of slices that are published, or None if the run is stopped."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._stopped or self._work is not None)
-            if self._stopped or self._work is None:
-                return None
-            return [self._work.ref(index) for index in self._work.found]
 
     async def admit_ticket(self, ticket: int) -> bool:
         """Wait until this ticket, the next after the last, may go to whichever worker is free; False if no more are

@@ -6,6 +6,7 @@ Sent by the graph's tasks and actors, counted by `progress`, acted upon by `jobs
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 from pipeline.results import ShardMetrics
 
@@ -19,9 +20,47 @@ class ShardPlanned:
 
 
 @dataclass(frozen=True, slots=True)
+class CorpusPlanning:
+    """How far the pass over all shards is. rows: planned so far; spilled_bytes: written to the output's storage."""
+
+    shards_done: int
+    num_shards: int
+    rows: int
+    spilled_bytes: int
+    ranges_done: int = 0
+    num_ranges: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusPlanned:
+    """All shards are planned as one corpus, by this run or (`is_new` false) before.
+
+    Tokens are those of rows to compute. wall_s: of the pass over all shards, this run's.
+    """
+
+    is_new: bool
+    num_slices: int
+    num_found: int
+    prompt_tokens: int
+    achievable_prefix_tokens: int
+    num_duplicates_across: int
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SliceFailed:
+    """A slice of a corpus plan cannot be read; these shards have rows in it."""
+
+    index: int
+    shards: list[str]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class SliceDone:
     """A slice is published, by this run or (`is_new` false) before. Token counts are of computed rows, those of drafts
-    of all that the worker did meanwhile; `rows` counts folded ones too."""
+    of all that the worker did meanwhile; `rows` counts folded ones too. by_shard: of a corpus plan's slice, rows and
+    error rows of each shard."""
 
     shard: str
     is_new: bool
@@ -44,6 +83,7 @@ class SliceDone:
     accepted_tokens: int = 0
     num_verify_steps: int = 0
     notes: list[str] = field(default_factory=list)
+    by_shard: dict[str, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +112,15 @@ class Tick:
     """Nothing has happened for a moment; a chance to look at the clock."""
 
 
-Event = ShardPlanned | SliceDone | SliceDropped | ShardDone | ShardFailed | Tick
-EVENT_TYPES: dict[str, type] = {
-    kind.__name__: kind for kind in (ShardPlanned, SliceDone, SliceDropped, ShardDone, ShardFailed, Tick)
-}
+Event = (
+    ShardPlanned
+    | CorpusPlanning
+    | CorpusPlanned
+    | SliceDone
+    | SliceDropped
+    | SliceFailed
+    | ShardDone
+    | ShardFailed
+    | Tick
+)
+EVENT_TYPES: dict[str, type] = {kind.__name__: kind for kind in get_args(Event)}

@@ -1,15 +1,17 @@
-"""The graph of a run, and the one file that speaks Ray: shards are planned, slices answered, shards merged.
+"""The graph of a run, where Ray begins: shards are planned, slices answered, shards merged.
 
     read task per shard: plan_shard -> one block per slice        (waits at the gate: plans stay just ahead of the pool)
     actor pool:          SliceRunner.run -> slice object          (async; the engine has its own thread)
     merge task:          slices -> results, metrics, errors       (when a shard's last slice is there)
 
+Where all shards are planned as one corpus, `pipeline.corpus_graph` plans and merges, and tickets stand for slices.
 The driver sees events only, a few hundred bytes per slice, so its memory does not grow with the corpus. Knows no
 terminal and no exit code: `jobs.run` iterates `Graph.events()`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -19,10 +21,10 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # When the driver leaves while a dataset is still running, Ray Data's threads must not start another Ray for themselves.
@@ -33,43 +35,28 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext, Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
-from pipeline.admission import Admission, Attempt, SliceKey, WorkerEnd
-from pipeline.events import EVENT_TYPES, Event, ShardDone, ShardFailed, ShardPlanned, SliceDone, Tick
+from pipeline.admission import Admission, Attempt, CorpusWork, SliceKey, WorkerEnd
+from pipeline.blocks import SLICE, TICKET, block, event_block, read_event
+from pipeline.corpus_graph import CorpusRun, TicketSource, find_work, merge_corpus_task
+from pipeline.corpus_plan.manifest import CORPUS, read_planned
+from pipeline.corpus_planner import share_cpus
+from pipeline.events import Event, ShardDone, ShardFailed, ShardPlanned, SliceDone, SliceFailed, Tick
+from pipeline.faults import ShardFault
 from pipeline.job import Job, JobError
+from pipeline.plan_tokenizer import planning_tokenizer
 from pipeline.prefix_plan import Slice, plan_shard
-from pipeline.results import OutputError, ShardMetrics, merge_shard, passthrough_columns
-from pipeline.shards import Shard, ShardError, open_shard
-from pipeline.slice_runner import RunSpec, SliceRunner, found_slice, max_actors
+from pipeline.results import ShardMetrics, merge_shard, passthrough_columns
+from pipeline.shards import Shard, open_shard
+from pipeline.slice_runner import RunSpec, SliceRunner, found_slice, max_actors, min_actors
 from pipeline.slices import SliceName, complete_set
-from pipeline.storage import StorageError
 
 MAX_MERGES = 8
 MAX_INIT_DEATHS = 3
 TICK_S = 0.5
+PLANNING_TICK_S = 0.05
 GATE_TIMEOUT_S = 30
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 """Slices wait here, some 100 KB each and a few dozen at a time."""
-
-ShardFault = (ShardError, StorageError, OutputError, JobError, pa.ArrowException, OSError)
-"""What concerns one shard only. Anything else that a task raises is a bug and ends the run."""
-
-
-_SLICE = "slice"
-
-
-def _block(kind: str, fields: Mapping[str, Any] | None = None, payload: bytes | None = None) -> pa.Table:
-    """One row of the dataset: a slice on its way to an actor, or an event on its way to the driver."""
-    return pa.table({"kind": [kind], "fields": [json.dumps(fields or {})], "payload": pa.array([payload], pa.binary())})
-
-
-def _event_block(event: Event) -> pa.Table:
-    return _block(type(event).__name__, asdict(event))
-
-
-def _read_event(row: Mapping[str, Any]) -> Event:
-    event: Event = EVENT_TYPES[row["kind"]](**json.loads(row["fields"]))
-    return event
-
 
 # --- planning: read tasks -----------------------------------------------------------------------------------------
 
@@ -106,28 +93,20 @@ def plan_blocks(spec_ref: Any, gate: Any, shard: Shard, found: frozenset[str]) -
     try:
         with open_shard(shard) as source:
             passthrough_columns(spec.job, source.schema_arrow, shard.name)
-        plan = plan_shard(spec.job, shard, _tokenizer(spec.job.engine.tokenizer or spec.job.model))
+        plan = plan_shard(spec.job, shard, planning_tokenizer(spec.job))
         names = [SliceName.of(plan, index, spec.fingerprint) for index in range(plan.num_slices)]
         have = [name for name in names if name.path(shard.name) in found]
-        yield _event_block(ShardPlanned(shard.name, len(names), len(have), plan.prompt_tokens))
+        yield event_block(ShardPlanned(shard.name, len(names), len(have), plan.prompt_tokens))
         for name in have:
-            yield _event_block(found_slice(spec.output, shard.name, name))
+            yield event_block(found_slice(spec.output, shard.name, name))
         for name in names:
             if name.path(shard.name) in found:
                 continue
             if not ray.get(gate.admit.remote((shard.name, name.index))):
                 return
-            yield _block(_SLICE, payload=plan.slice(name.index).to_bytes())
+            yield block(SLICE, payload=plan.slice(name.index).to_bytes())
     except ShardFault as error:
-        yield _event_block(ShardFailed(shard.name, str(error)))
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(uri: str) -> Any:
-    """Loading takes longer than planning a small shard, and a process plans many."""
-    from actors.weights.checkpoint import load_tokenizer  # imports torch, for which a merge would wait too
-
-    return load_tokenizer(uri)
+        yield event_block(ShardFailed(shard.name, str(error)))
 
 
 # --- answering: the actor pool ------------------------------------------------------------------------------------
@@ -138,15 +117,39 @@ class SliceActor:
 
     def __init__(self, spec_ref: Any, admission: Any) -> None:
         context = ray.get_runtime_context()
-        worker = context.get_actor_id()
-        lost_before_s = ray.get(admission.hello.remote(worker))
-        gate = _RemoteGate(admission, worker)
-        self._runner = SliceRunner(ray.get(spec_ref), gate, worker, context.get_node_id(), lost_before_s)
+        spec: RunSpec = ray.get(spec_ref)
+        self._worker = context.get_actor_id()
+        self._admission = admission
+        self._output = spec.output
+        self._holding: set[int] = set()
+        lost_before_s = ray.get(admission.hello.remote(self._worker))
+        gate = _RemoteGate(admission, self._worker)
+        self._runner = SliceRunner(spec, gate, self._worker, context.get_node_id(), lost_before_s)
 
     async def __call__(self, block: pa.Table) -> pa.Table:
-        if block["kind"][0].as_py() != _SLICE:
-            return block
-        return _event_block(await self._runner.run(Slice.from_bytes(block["payload"][0].as_py())))
+        kind = block["kind"][0].as_py()
+        if kind == SLICE:
+            return event_block(await self._runner.run(Slice.from_bytes(block["payload"][0].as_py())))
+        if kind == TICKET:
+            return event_block(await self._use_ticket(json.loads(block["fields"][0].as_py())["ticket"]))
+        return block
+
+    async def _use_ticket(self, ticket: int) -> Event:
+        """Answer the slice that the ticket turns out to mean. Its rows come from storage, where planning left them, and
+        not through the object store."""
+        ref = await self._admission.slice_for.remote(ticket, self._worker, sorted(self._holding))
+        if ref is None:
+            return Tick()
+        self._holding.add(ref.index)
+        try:
+            try:
+                slice_ = await asyncio.to_thread(read_planned, self._output, ref)
+            except ShardFault as error:
+                await self._runner.leave((CORPUS, ref.index))
+                return SliceFailed(ref.index, list(ref.shards), str(error))
+            return await self._runner.run(slice_)
+        finally:
+            self._holding.discard(ref.index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +174,13 @@ class _RemoteGate:
 
 
 @ray.remote(num_cpus=0, max_retries=2)  # mostly storage; 0 so that a pool that takes every CPU does not block it
-def merge_task(spec: RunSpec, shard: Shard, paths: list[str]) -> ShardMetrics | ShardFailed:
-    """Publish a shard from its slices; whatever concerns only this shard is returned, not raised."""
+def merge_task(spec: RunSpec, shards: list[Shard], paths: list[str]) -> list[ShardMetrics | ShardFailed]:
+    """Publish the one shard from its slices; whatever concerns only this shard is returned, not raised."""
+    (shard,) = shards
     try:
-        return merge_shard(spec.job, shard, spec.output, paths, spec.fingerprint)
+        return [merge_shard(spec.job, shard, spec.output, paths, spec.fingerprint)]
     except ShardFault as error:
-        return ShardFailed(shard.name, str(error))
+        return [ShardFailed(shard.name, str(error))]
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -192,15 +196,25 @@ class Graph:
     """A run's shards on their way through the cluster. Iterate `events()` to the end, or `stop()` and then to the end.
 
     shards: those that are not published yet, in the order to do them. slices: what `list_slices` found before.
+    corpus_of: all shards of the input, to plan `shards` as one corpus; None to plan each by itself.
     """
 
-    def __init__(self, spec: RunSpec, shards: Sequence[Shard], slices: Mapping[str, Mapping[str, SliceName]]) -> None:
+    def __init__(
+        self,
+        spec: RunSpec,
+        shards: Sequence[Shard],
+        slices: Mapping[str, Mapping[str, SliceName]],
+        corpus_of: Sequence[Shard] | None = None,
+    ) -> None:
         self._spec = spec
         self._shards = {shard.name: shard for shard in shards}
         self._slices = slices
+        self._corpus = (
+            CorpusRun(spec, corpus_of, shards, slices.get(CORPUS, {})) if corpus_of is not None and shards else None
+        )
         self._paths: dict[str, dict[int, str]] = {}
-        self._ready: deque[tuple[Shard, list[str]]] = deque()
-        self._merging: dict[Any, Shard] = {}
+        self._ready: deque[tuple[list[Shard], list[str]]] = deque()
+        self._merging: set[Any] = set()
         self._inbox: queue.Queue[Event | BaseException | None] = queue.Queue()
         self._spec_ref = ray.put(spec)
         self._gate: Any = None
@@ -209,25 +223,34 @@ class Graph:
         self._warm: list[Any] = []
         self._max_merges = max(1, min(MAX_MERGES, int(ray.cluster_resources().get("CPU", 1)) // 2))
         self.usd_per_device_hour = spec.job.pricing.usd_per_device_hour or 0.0
+        self.recomputed_tokens = 0
+        """Prompt tokens that workers computed again for each other; of a corpus, where it is known."""
 
     def events(self) -> Iterator[Event]:
         """Everything that happens, until all shards are done, failed, or left over by a stop."""
-        to_plan = [shard for shard in self._shards.values() if not self._is_ready(shard)]
-        if to_plan:
-            self._start(to_plan)
+        if self._corpus is not None:
+            yield from self._begin_corpus(self._corpus)
+        elif to_plan := [shard for shard in self._shards.values() if not self._is_ready(shard)]:
+            self._start_shards(to_plan)
         while self._is_generating or self._ready or self._merging:
             self._start_merges()
             yield from self._finished_merges()
+            if self._corpus is not None:
+                yield from self._plan_corpus(self._corpus)
             event = self._next_event()
             if event is None:
                 self._is_generating = False  # the actors are gone, and merges are no time of theirs
                 self._worker_ends = self.close_accounts()
+                yield from self._end_corpus()
                 continue
-            self._note(event)
-            yield event
+            yield from self._note(event)
+        if self._corpus is not None:
+            self._corpus.close()
 
     def stop(self) -> None:
         """Begin no slice any more; those in flight are finished and published."""
+        if self._corpus is not None:
+            self._corpus.stop()
         if self._gate is not None:
             ray.get(self._gate.stop.remote(), timeout=GATE_TIMEOUT_S)
 
@@ -237,6 +260,45 @@ class Graph:
             return self._worker_ends or []
         return list(ray.get(self._gate.close_accounts.remote(), timeout=GATE_TIMEOUT_S))
 
+    def _begin_corpus(self, corpus: CorpusRun) -> Iterator[Event]:
+        """Start from the plan that is saved, with a pool only if slices are missing; else plan while the pool loads."""
+        if corpus.manifest is None:
+            pool = self._spec.job.pool
+            cpus = ray.cluster_resources().get("CPU", 1)
+            corpus.start_planning(self._spec_ref, *share_cpus(cpus - max_actors(self._spec.job) * pool.num_cpus, cpus))
+            self._start_corpus(corpus)
+            return
+        yield corpus.adopt_plan()
+        if corpus.to_answer():
+            self._start_corpus(corpus)
+        yield from corpus.tell_found()
+        self._take_ready(corpus)
+
+    def _plan_corpus(self, corpus: CorpusRun) -> Iterator[Event]:
+        if not corpus.is_planning:
+            return
+        yield from corpus.plan()
+        if corpus.is_planning:
+            return
+        if corpus.manifest is None:  # no shard could be read, or the run is stopped
+            ray.get(self._gate.stop.remote(), timeout=GATE_TIMEOUT_S)
+            return
+        yield corpus.adopt_plan()
+        ray.get(self._gate.open_corpus.remote(corpus.work()), timeout=GATE_TIMEOUT_S)
+        yield from corpus.tell_found()
+        self._take_ready(corpus)
+
+    def _end_corpus(self) -> Iterator[Event]:
+        if self._corpus is None:
+            return
+        self.recomputed_tokens = ray.get(self._gate.recomputed_tokens.remote(), timeout=GATE_TIMEOUT_S)
+        yield from self._corpus.reconcile()
+        self._take_ready(self._corpus)
+
+    def _take_ready(self, corpus: CorpusRun) -> None:
+        while (ready := corpus.take_ready()) is not None:
+            self._ready.append(ready)
+
     def _is_ready(self, shard: Shard) -> bool:
         """Whether only the merge is missing. Finding that out needs no plan, so no model is loaded for it."""
         paths = (
@@ -244,21 +306,13 @@ class Graph:
         )
         if paths is None:
             return False
-        self._ready.append((shard, paths))
+        self._ready.append(([shard], paths))
         return True
 
     def _current_slices(self, shard: Shard) -> Mapping[str, SliceName]:
         return self._slices.get(shard.name, {})
 
-    def _start(self, shards: Sequence[Shard]) -> None:
-        pool = self._spec.job.pool
-        # Twice what the pool holds: a slice waits at the actor when another ends, and Ray Data's loop, which takes
-        # 0.1-0.5 s per round, is hidden.
-        window = 2 * max_actors(self._spec.job) * pool.max_slices_in_flight + 2
-        # In a process of its own, restarted if its node goes: then only the counts are lost.
-        self._gate = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)(
-            Admission
-        ).remote(window)
+    def _start_shards(self, shards: Sequence[Shard]) -> None:
         found = {
             shard.name: frozenset(
                 path
@@ -267,7 +321,25 @@ class Graph:
             )
             for shard in shards
         }
-        dataset = build_dataset(self._spec, self._spec_ref, self._gate, shards, found)
+        self._start_pool(lambda gate: build_dataset(self._spec, self._spec_ref, gate, shards, found))
+
+    def _start_corpus(self, corpus: CorpusRun) -> None:
+        find = partial(find_work, self._spec, corpus.listed, corpus.to_do)
+        self._start_pool(lambda gate: build_corpus_dataset(self._spec, self._spec_ref, gate), find)
+
+    def _start_pool(
+        self, build: Callable[[Any], Any], find_work: Callable[[], CorpusWork | None] = lambda: None
+    ) -> None:
+        """Iterate the dataset that `build` makes, given the gate. find_work: of `Admission`."""
+        pool = self._spec.job.pool
+        # Twice what the pool holds: a slice waits at the actor when another ends, and Ray Data's loop, which takes
+        # 0.1-0.5 s per round, is hidden.
+        window = 2 * max_actors(self._spec.job) * pool.max_slices_in_flight + 2
+        # In a process of its own, restarted if its node goes: then only the counts are lost.
+        self._gate = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=1000)(
+            Admission
+        ).remote(window, find_work)
+        dataset = build(self._gate)
         self._is_generating = True
         self._warm = [warm_up_merging.remote() for _ in range(self._max_merges)]
         # A thread, because the main one has to see signals and clocks while Ray Data waits.
@@ -276,7 +348,7 @@ class Graph:
     def _consume(self, dataset: Any) -> None:
         try:
             for row in dataset.iter_rows():
-                self._inbox.put(_read_event(row))
+                self._inbox.put(read_event(row))
             self._inbox.put(None)
         except BaseException as error:
             self._inbox.put(error)
@@ -287,37 +359,59 @@ class Graph:
             ray.wait(list(self._merging), num_returns=1, timeout=TICK_S)
             return Tick()
         try:
-            item = self._inbox.get(timeout=TICK_S)
+            item = self._inbox.get(timeout=PLANNING_TICK_S if self._corpus and self._corpus.is_planning else TICK_S)
         except queue.Empty:
             return Tick()
         if isinstance(item, BaseException):
             raise item
         return item
 
-    def _note(self, event: Event) -> None:
+    def _note(self, event: Event) -> Iterator[Event]:
+        """Act upon an event, and pass on what the run is to hear of it."""
+        if isinstance(event, SliceDone) and event.is_new:
+            self.usd_per_device_hour = event.usd_per_device_hour
+        if self._corpus is not None:
+            yield from self._corpus.note(event)
+            self._take_ready(self._corpus)
+            return
         if isinstance(event, SliceDone):
-            if event.is_new:
-                self.usd_per_device_hour = event.usd_per_device_hour
             paths = self._paths.setdefault(event.shard, {})
             paths[event.index] = event.path
             if len(paths) == event.num_slices:
                 ordered = [paths[index] for index in range(event.num_slices)]
-                self._ready.append((self._shards[event.shard], ordered))
+                self._ready.append(([self._shards[event.shard]], ordered))
                 del self._paths[event.shard]
+        yield event
 
     def _start_merges(self) -> None:
         while self._ready and len(self._merging) < self._max_merges:
-            shard, paths = self._ready.popleft()
-            self._merging[merge_task.remote(self._spec_ref, shard, paths)] = shard
+            shards, paths = self._ready.popleft()
+            task = merge_task if self._corpus is None else merge_corpus_task
+            self._merging.add(task.remote(self._spec_ref, shards, paths))
 
     def _finished_merges(self) -> Iterator[Event]:
         done, _ = (
             ray.wait(list(self._merging), num_returns=len(self._merging), timeout=0) if self._merging else ([], [])
         )
         for ref in done:
-            del self._merging[ref]
-            result = ray.get(ref)
-            yield result if isinstance(result, ShardFailed) else ShardDone(result)
+            self._merging.discard(ref)
+            for result in ray.get(ref):
+                if self._corpus is not None:
+                    yield self._corpus.finish_shard(result)
+                else:
+                    yield result if isinstance(result, ShardFailed) else ShardDone(result)
+
+
+def build_corpus_dataset(spec: RunSpec, spec_ref: Any, gate: Any) -> Any:
+    """The Ray Data graph of a corpus: tickets for whichever actor is free."""
+    _set_data_context()
+    tickets = ray.data.read_datasource(
+        TicketSource(gate),
+        override_num_blocks=1,
+        compute=TaskPoolStrategy(size=1),
+        num_cpus=0,  # it only waits, and the tasks that it waits for need the CPUs
+    )
+    return _answer_blocks(spec, spec_ref, gate, tickets)
 
 
 def build_dataset(
@@ -334,7 +428,12 @@ def build_dataset(
         compute=TaskPoolStrategy(size=num_planners),
         num_cpus=min(1, max(0, num_cpus_left)),  # a pool that takes every CPU must not keep planning from starting
     )
-    return slices.map_batches(
+    return _answer_blocks(spec, spec_ref, gate, slices)
+
+
+def _answer_blocks(spec: RunSpec, spec_ref: Any, gate: Any, blocks: Any) -> Any:
+    job = spec.job
+    return blocks.map_batches(
         SliceActor,
         fn_constructor_args=(spec_ref, gate),
         batch_size=1,  # one slice per call; anything larger would merge slices of different shards
@@ -347,7 +446,7 @@ def build_dataset(
 
 def _actor_pool(job: Job) -> ActorPoolStrategy:
     in_flight = job.pool.max_slices_in_flight
-    low, high = job.pool.num_actors if isinstance(job.pool.num_actors, tuple) else (job.pool.num_actors,) * 2
+    low, high = min_actors(job), max_actors(job)
     return ActorPoolStrategy(
         min_size=low,
         max_size=high,

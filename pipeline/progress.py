@@ -18,7 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.drafts import acceptance_length
-from pipeline.events import Event, ShardDone, ShardFailed, ShardPlanned, SliceDone
+from pipeline.events import (
+    CorpusPlanned,
+    CorpusPlanning,
+    Event,
+    ShardDone,
+    ShardFailed,
+    ShardPlanned,
+    SliceDone,
+)
 from pipeline.ledger import Bill, InProgress
 from pipeline.plan_file import Figure, Plan
 from pipeline.pricing import SECONDS_PER_HOUR
@@ -29,7 +37,10 @@ PLAIN_WIDTH = 120
 
 @dataclass(slots=True)
 class Tally:
-    """A run so far. Rows count what earlier runs have done too; tokens, time and cost are this run's only."""
+    """A run so far. Rows count what earlier runs have done too; tokens, time and cost are this run's only.
+
+    published: the shards that were done before; rows of theirs in a slice of a corpus are counted already.
+    """
 
     rows_total: int
     rows_done: int = 0
@@ -49,6 +60,9 @@ class Tally:
     slice_wall_s: float = 0.0
     num_engine_rebuilds: int = 0
     failed: dict[str, str] = field(default_factory=dict)
+    published: frozenset[str] = frozenset()
+    planning: CorpusPlanning | None = None
+    planned: CorpusPlanned | None = None
     started_at: float = field(default_factory=time.monotonic)
     first_slice_at: float | None = None
     _rows_new: int = 0
@@ -58,6 +72,11 @@ class Tally:
         if isinstance(event, SliceDone):
             self._add_slice(event)
         elif isinstance(event, ShardPlanned):
+            self.slices_in_view += event.num_slices
+        elif isinstance(event, CorpusPlanning):
+            self.planning = event
+        elif isinstance(event, CorpusPlanned):
+            self.planned = event
             self.slices_in_view += event.num_slices
         elif isinstance(event, ShardDone):
             self.shards_done += 1
@@ -88,16 +107,20 @@ class Tally:
         return (self.rows_total - self.rows_done) / pace
 
     def _add_slice(self, event: SliceDone) -> None:
-        self.rows_done += event.rows
-        self.rows_error += event.rows_error
-        self._rows_of_shard[event.shard] = self._rows_of_shard.get(event.shard, 0) + event.rows
+        num_new = 0
+        for shard, (rows, errors) in (event.by_shard or {event.shard: [event.rows, event.rows_error]}).items():
+            if shard not in self.published:
+                num_new += rows
+                self.rows_error += errors
+                self._rows_of_shard[shard] = self._rows_of_shard.get(shard, 0) + rows
+        self.rows_done += num_new
         if not event.is_new:
             self.slices_found += 1
             return
         if self.first_slice_at is None:
             self.first_slice_at = time.monotonic() - event.wall_s
         self.slices_done += 1
-        self._rows_new += event.rows
+        self._rows_new += num_new
         self.prompt_tokens += event.prompt_tokens
         self.cached_tokens += event.cached_tokens
         self.completion_tokens += event.completion_tokens
@@ -157,8 +180,11 @@ def describe(tally: Tally) -> str:
     """A run in one line."""
     share = tally.rows_done / tally.rows_total if tally.rows_total else 1.0
     parts = [f"{tally.rows_done:,}/{tally.rows_total:,} rows ({share:.0%})"]
-    if tally.first_slice_at is None:
-        parts.append(f"planning and loading the model, {seconds(tally.elapsed_s)}")
+    if tally.first_slice_at is None and tally.planning is not None and tally.planned is None:
+        parts.append(f"{_describe_planning(tally.planning)}, {seconds(tally.elapsed_s)}")
+    elif tally.first_slice_at is None:
+        what = "loading the model" if tally.planned is not None else "planning and loading the model"
+        parts.append(f"{what}, {seconds(tally.elapsed_s)}")
     else:
         parts.append(f"{tally.tokens_per_s or 0:,.0f} tokens/s")
     if tally.hit_rate is not None:
@@ -174,6 +200,13 @@ def describe(tally: Tally) -> str:
     if tally.time_left_s is not None:
         parts.append(f"{seconds(tally.time_left_s)} left")
     return " · ".join(parts)
+
+
+def _describe_planning(planning: CorpusPlanning) -> str:
+    sorted_ = f"{planning.shards_done:,} of {planning.num_shards:,} shards sorted"
+    merged = f", {planning.ranges_done:,} of {planning.num_ranges:,} ranges merged" if planning.num_ranges else ""
+    spilled = f"{planning.spilled_bytes / 1e6:,.0f} MB spilled"
+    return f"planning the corpus: {planning.rows:,} rows, {sorted_}{merged}, {spilled}"
 
 
 def bill_table(bill: Bill, place: str, in_progress: InProgress | None = None) -> Table:

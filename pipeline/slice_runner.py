@@ -10,9 +10,11 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import pyarrow as pa
 
 from actors.config import EngineConfig
 from actors.requests import Completion, Request, RowError, Usage
@@ -23,10 +25,11 @@ from pipeline.drafts import DraftCounts, failures_of
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job
 from pipeline.parquet import read_metadata
-from pipeline.prefix_plan import Slice
+from pipeline.prefix_plan import ROW_BITS, Slice
 from pipeline.pricing import price_of
 from pipeline.saved_index import SavedIndex
 from pipeline.shards import ShardError
+from pipeline.shared_slices import publish_shared_slice
 from pipeline.slices import SliceName, SliceTimes, publish_slice, slice_table
 from pipeline.storage import Storage, StorageError
 
@@ -120,6 +123,10 @@ class SliceRunner:
         await self._save_index()
         return event
 
+    async def leave(self, key: tuple[str, int]) -> None:
+        """This slice cannot be answered: it is not this worker's any more."""
+        await self._gate.finish(key, self._answerer.unanswered_s)
+
     async def _save_index(self) -> None:
         """Save what drafters have learnt, if it is time to; wait for it only when there is nothing else to do."""
         is_idle = self._num_in_flight == 0
@@ -143,7 +150,7 @@ class SliceRunner:
         times = self._times(slice_, attempt, started_at)
         summary = _summarise(slice_, completions, times, self._answerer.num_rebuilds, self._price.cost_usd(1.0))
         started_writing = time.perf_counter()
-        await asyncio.to_thread(publish_slice, self._output, slice_.shard, name, table, times, summary)
+        await asyncio.to_thread(_publish, self._output, slice_, name, table, times, summary)
         self._meter.add_write(time.perf_counter() - started_writing)
         return SliceDone(
             shard=slice_.shard,
@@ -160,14 +167,14 @@ class SliceRunner:
         for request in slice_.requests(self._spec.job.sampling):
             named = replace(request, request_id=f"{slice_.shard}/{request.request_id}")
             requests.setdefault(_row_of(request), []).append(named)
-        answers = {row.row_index: Completion("", error=row.error) for row in slice_.rows if row.error is not None}
+        answers = {row.key: Completion("", error=row.error) for row in slice_.rows if row.error is not None}
         answers.update((row, poisonous(requests.pop(row)[0])) for row in attempt.poison)
         if attempt.action == "give_up":
             answers.update((row, _given_up(several[0], attempt.number)) for row, several in requests.items())
             requests = {}
         completions = iter(await self._send(slice_, [one for several in requests.values() for one in several], attempt))
         answers.update((row, _join([next(completions) for _ in several])) for row, several in requests.items())
-        return [answers[row.row_index] for row in slice_.rows]
+        return [answers[row.key] for row in slice_.rows]
 
     async def _send(self, slice_: Slice, requests: list[Request], attempt: Attempt) -> list[Completion]:
         if not requests:
@@ -269,11 +276,21 @@ class _Meter:
         return self._seen_drafts.since(before)
 
 
+def _publish(
+    output: Storage, slice_: Slice, name: SliceName, table: pa.Table, times: SliceTimes, summary: Mapping[str, Any]
+) -> None:
+    if slice_.shards:
+        publish_shared_slice(output, slice_, name, table, times, summary)
+    else:
+        publish_slice(output, slice_.shard, name, table, times, summary)
+
+
 def _summarise(
     slice_: Slice, completions: Sequence[Completion], times: SliceTimes, num_rebuilds: int, usd_per_second: float
 ) -> dict[str, Any]:
     """What the driver hears of a slice; kept in its object too, for a run that finds it there."""
     usages = [completion.usage for completion in completions]
+    by_shard = _count_by_shard(slice_, completions) if slice_.shards else {}
     device_seconds = math.fsum(usage.device_seconds for usage in usages)
     return {
         "rows": sum(1 + len(row.duplicates) for row in slice_.rows),
@@ -292,7 +309,19 @@ def _summarise(
         "usd_per_device_hour": times.usd_per_device_hour,
         "num_engine_rebuilds": num_rebuilds,
         "notes": times.notes,
+        **({"by_shard": by_shard} if by_shard else {}),
     }
+
+
+def _count_by_shard(slice_: Slice, completions: Sequence[Completion]) -> dict[str, list[int]]:
+    """Rows and error rows that each shard of the slice has in it, folded ones included."""
+    counts = {shard: [0, 0] for shard in slice_.shards}
+    for row, completion in zip(slice_.rows, completions):
+        for key in (row.key, *row.duplicates):
+            count = counts[slice_.shards[key >> ROW_BITS]]
+            count[0] += 1
+            count[1] += completion.error is not None
+    return counts
 
 
 def _given_up(request: Request, num_attempts: int) -> Completion:
@@ -315,6 +344,10 @@ def threads_per_actor(job: Job) -> int:
     num_actors = max_actors(job)
     fit_here = int(cpus // job.pool.num_cpus) if job.pool.num_cpus else num_actors
     return max(1, cpus // max(1, min(num_actors, fit_here)))
+
+
+def min_actors(job: Job) -> int:
+    return job.pool.num_actors if isinstance(job.pool.num_actors, int) else job.pool.num_actors[0]
 
 
 def max_actors(job: Job) -> int:

@@ -35,7 +35,8 @@ def test_only_the_graph_and_the_endpoints_deployment_speak_ray():
         for path in MODULES
         if any(name.split(".")[0] == "ray" for name in imported_modules(path))
     }
-    assert speakers <= {"pipeline/graph.py", "jobs/serve.py"}
+    graph = {f"pipeline/{name}.py" for name in ("graph", "corpus_graph", "corpus_planner")}
+    assert speakers <= {*graph, "jobs/serve.py"}
 
 
 @pytest.mark.parametrize("floor", FLOORS[:3])

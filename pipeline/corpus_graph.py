@@ -1,0 +1,296 @@
+"""A corpus on its way through the graph: planned by CPU tasks, given out for tickets, merged shard by shard.
+
+    task per shard: sort_shard, then task per range of keys: merge_range -> the plan, in the output's storage
+    read task:      numbered tickets      (wait until the corpus is planned, then stay just ahead of the pool)
+    actor pool:     ticket -> slice_for -> read_planned -> SliceRunner.run -> slice object
+    merge task:     slices -> results of several shards   (when the last slice with rows of theirs is there)
+
+Ray Data sees tickets, which are numbers: its backpressure, autoscaling and retry stay as they are, while Admission says
+which slice a ticket means. The model is loaded while the corpus is planned. Used by `pipeline.graph`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+
+from pipeline.admission import CorpusWork
+from pipeline.blocks import TICKET, block, event_block
+from pipeline.corpus_plan.countdown import Countdown
+from pipeline.corpus_plan.manifest import CORPUS, CorpusManifest, find_manifest
+from pipeline.corpus_plan.planning import remove_other_plans, remove_plans
+from pipeline.corpus_planner import CorpusPlanner
+from pipeline.device_profile import find_profile
+from pipeline.dispatch import Dispatch
+from pipeline.events import CorpusPlanned, Event, ShardDone, ShardFailed, SliceDone, SliceFailed, Tick
+from pipeline.faults import ShardFault
+from pipeline.results import ShardMetrics, publish_answers
+from pipeline.shards import Shard
+from pipeline.shared_slices import read_shared_slices
+from pipeline.slice_load import slice_loads, token_prices
+from pipeline.slice_runner import RunSpec, found_slice, min_actors
+from pipeline.slices import SliceName, list_slices
+
+MERGE_ROWS = 100_000
+"""Shards that are complete at the same time are merged together, up to so many rows: each has rows in most slices,
+which are then read once for all of them."""
+
+FOUND_AT_ONCE = 64
+"""Footers of slices that were published before are read so many at a time; then signals and clocks are seen."""
+
+
+class TicketSource(Datasource):
+    """One read task whose blocks are tickets."""
+
+    def __init__(self, gate: Any) -> None:
+        super().__init__()
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        self._task = ReadTask(partial(ticket_blocks, gate), metadata)
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: DataContext | None = None
+    ) -> list[ReadTask]:
+        return [self._task]
+
+
+def ticket_blocks(gate: Any) -> Iterable[pa.Table]:
+    """Tickets as the gate lets them through. Ray repeats a lost task and matches its outputs by number: they are the
+    same, as a ticket says nothing but its number."""
+    yield event_block(Tick())  # a read task without outputs is none
+    ticket = 0
+    while ray.get(gate.admit_ticket.remote(ticket)):
+        yield block(TICKET, {"ticket": ticket})
+        ticket += 1
+
+
+def find_work(spec: RunSpec, listed: Sequence[Shard], to_do: Sequence[Shard]) -> CorpusWork | None:
+    """What a run that is planned already has yet to do; for an Admission, also one that is started anew in mid-run."""
+    manifest, _ = find_manifest(spec.output, spec.fingerprint, spec.job.plan, listed, to_do)
+    if manifest is None:
+        return None
+    slices = list_slices(spec.output, CORPUS).get(CORPUS, {})
+    return _work_of(spec, manifest, _to_answer(manifest, _published(manifest, to_do), slices))
+
+
+def _work_of(spec: RunSpec, manifest: CorpusManifest, to_answer: Sequence[int]) -> CorpusWork:
+    profile = find_profile(spec.job, spec.output)
+    prices = token_prices(spec.job, profile.times if profile else None)
+    done = sorted(set(range(len(manifest.slices))).difference(to_answer))
+    shared = manifest.slices.columns["shared_with_previous"]
+    loads = slice_loads(spec.job, manifest, prices)
+    return CorpusWork(Dispatch(loads, shared, prices.prompt, min_actors(spec.job), done), manifest.ref)
+
+
+def _to_answer(manifest: CorpusManifest, published: Sequence[str], slices: Mapping[str, SliceName]) -> list[int]:
+    needed = Countdown(manifest, published).slices_to_do()
+    return [index for index in needed if slice_path(manifest, index) not in slices]
+
+
+def slice_path(manifest: CorpusManifest, index: int) -> str:
+    """Where the answers of a slice of the plan are, or will be."""
+    return manifest.slice_name(index).path(CORPUS)
+
+
+def _published(manifest: CorpusManifest, to_do: Sequence[Shard]) -> list[str]:
+    names = {shard.name for shard in to_do}
+    return [shard.name for shard in manifest.shards if shard.name not in names]
+
+
+@ray.remote(num_cpus=0, max_retries=2)
+def merge_corpus_task(spec: RunSpec, shards: list[Shard], paths: list[str]) -> list[ShardMetrics | ShardFailed]:
+    """Publish these shards from all slices with rows of theirs; what concerns some only is returned, not raised."""
+    started = time.perf_counter()
+    try:
+        names = [shard.name for shard in shards]
+        answers = read_shared_slices(spec.job.answer_shape, spec.output, paths, names)
+    except ShardFault as error:
+        return [ShardFailed(shard.name, str(error)) for shard in shards]
+    done: list[ShardMetrics | ShardFailed] = []
+    for shard in shards:
+        try:
+            table, times = answers.pop(shard.name)
+            done.append(publish_answers(spec.job, shard, spec.output, table, times, spec.fingerprint, started))
+        except ShardFault as error:
+            done.append(ShardFailed(shard.name, str(error)))
+        started = time.perf_counter()
+    return done
+
+
+class CorpusRun:
+    """The driver's side of a corpus: its plan, as soon as there is one, and what of it is there.
+
+    listed: all shards of the input; to_do: those without results. slices: the slice objects found before, by path.
+    """
+
+    def __init__(
+        self, spec: RunSpec, listed: Sequence[Shard], to_do: Sequence[Shard], slices: Mapping[str, SliceName]
+    ) -> None:
+        self._spec = spec
+        self._to_do = {shard.name: shard for shard in to_do}
+        self._slices = slices
+        self._failed: set[str] = set()
+        self._num_published = 0
+        self._found: list[int] = []
+        self._heard = np.zeros(0, bool)
+        self._countdown: Countdown | None = None
+        self._planner: CorpusPlanner | None = None
+        self._ready: deque[Shard] = deque()
+        self._removing = ThreadPoolExecutor(1, thread_name_prefix="remove")
+        self.manifest, self.notes = find_manifest(spec.output, spec.fingerprint, spec.job.plan, listed, to_do)
+        self.listed = list(listed)
+        self.has_stopped = False
+
+    @property
+    def to_do(self) -> list[Shard]:
+        return list(self._to_do.values())
+
+    @property
+    def is_planning(self) -> bool:
+        return self._planner is not None and not self._planner.has_ended
+
+    def start_planning(self, spec_ref: Any, num_tasks: int, num_cpus: float) -> None:
+        self._planner = CorpusPlanner(self._spec, spec_ref, self.to_do, num_tasks, num_cpus)
+
+    def plan(self) -> Iterator[Event]:
+        """What planning has done since; when it is done, `manifest` is there."""
+        if self._planner is None or self._planner.has_ended:
+            return
+        for event in self._planner.poll():
+            if isinstance(event, ShardFailed):
+                self._failed.add(event.shard)
+            yield event
+        self.manifest = self._planner.manifest
+
+    def stop(self) -> None:
+        self.has_stopped = True
+        if self._planner is not None:
+            self._planner.cancel()
+
+    def adopt_plan(self) -> CorpusPlanned:
+        """The corpus is planned: count what is to be done, and what of it is there."""
+        manifest = self.manifest
+        assert manifest is not None
+        is_new = self._planner is not None
+        if is_new:
+            remove_other_plans(self._spec.output, manifest)
+        self._countdown = Countdown(manifest, _published(manifest, self.to_do))
+        self._heard = np.zeros(len(manifest.slices), bool)
+        self._ready.extend(self._to_do[name] for name in self._countdown.empty_shards())
+        needed = self._countdown.slices_to_do()
+        self._found = [index for index in needed if slice_path(manifest, index) in self._slices]
+        return CorpusPlanned(
+            is_new=is_new,
+            num_slices=len(needed),
+            num_found=len(self._found),
+            prompt_tokens=manifest.totals.prompt_tokens,
+            achievable_prefix_tokens=manifest.totals.achievable_prefix_tokens,
+            num_duplicates_across=manifest.totals.num_duplicates_across,
+            wall_s=self._planner.wall_s if self._planner is not None else 0.0,
+        )
+
+    def tell_found(self) -> Iterator[Event]:
+        """The events of slices that were published before."""
+        assert self.manifest is not None
+        names = [self.manifest.slice_name(index) for index in self._found]
+        with ThreadPoolExecutor(FOUND_AT_ONCE) as pool:
+            for start in range(0, len(names), FOUND_AT_ONCE):
+                part = names[start : start + FOUND_AT_ONCE]
+                for event in pool.map(partial(found_slice, self._spec.output, CORPUS), part):
+                    yield event
+                    self._hear(event.index)
+
+    def work(self) -> CorpusWork:
+        """What is to be answered, for the Admission."""
+        assert self.manifest is not None
+        return _work_of(self._spec, self.manifest, self.to_answer())
+
+    def to_answer(self) -> list[int]:
+        """The slices that are needed and not there."""
+        assert self._countdown is not None
+        return sorted(set(self._countdown.slices_to_do()).difference(self._found))
+
+    def note(self, event: Event) -> Iterator[Event]:
+        """Count an event, and pass on what is new of it. Ray repeats calls whose results were lost, and an Admission
+        that forgot gives a slice out a second time: the second event of a slice is none."""
+        if isinstance(event, SliceFailed):
+            yield from self._fail(event.shards, event.reason)
+        elif isinstance(event, SliceDone):
+            if not self._heard[event.index]:
+                yield event
+                self._hear(event.index)
+        else:
+            yield event
+
+    def take_ready(self) -> tuple[list[Shard], list[str]] | None:
+        """Shards that have all their slices, to be merged together, and the paths of these; None if there are none."""
+        shards: list[Shard] = []
+        num_rows = 0
+        while self._ready and (not shards or num_rows + self._ready[0].num_rows <= MERGE_ROWS):
+            shards.append(self._ready.popleft())
+            num_rows += shards[-1].num_rows
+        if not shards:
+            return None
+        assert self._countdown is not None and self.manifest is not None
+        indices = sorted({index for shard in shards for index in self._countdown.slices_of(shard.name)})
+        return shards, [slice_path(self.manifest, index) for index in indices]
+
+    def finish_shard(self, done: ShardMetrics | ShardFailed) -> Event:
+        """A shard was merged: slices that no other shard waits for may go."""
+        if isinstance(done, ShardFailed):
+            self._failed.add(done.shard)
+            return done
+        assert self._countdown is not None and self.manifest is not None
+        self._num_published += 1
+        for index in self._countdown.publish(done.shard):
+            self._removing.submit(self._spec.output.remove, slice_path(self.manifest, index))
+        return ShardDone(done)
+
+    def reconcile(self) -> Iterator[Event]:
+        """After the last event of a run that was not stopped: slices that are there though nobody told of them, which
+        happens when a worker and the Admission are lost together; shards that miss one have failed."""
+        if self.has_stopped or self._countdown is None or self.manifest is None:
+            return
+        missing = []
+        assert self._found == [] or self._heard[self._found].all()
+        for index in self.to_answer():
+            name = self.manifest.slice_name(index)
+            if self._spec.output.exists(name.path(CORPUS)):
+                yield found_slice(self._spec.output, CORPUS, name)
+                self._hear(index)
+            else:
+                missing.append(index)
+        for index in missing:
+            shards = [self.manifest.shards[number].name for number in self.manifest.slices.shards_of(index)]
+            reason = f"slice {index} of the corpus was lost with its worker; run the same command again to compute it"
+            yield from self._fail(shards, reason)
+
+    def close(self) -> None:
+        """Remove the plan and what is left of its slices if every shard has its results."""
+        self._removing.shutdown()
+        if self._num_published == len(self._to_do):
+            remove_plans(self._spec.output)
+
+    def _hear(self, index: int) -> None:
+        assert self._countdown is not None
+        self._heard[index] = True
+        complete = self._countdown.finish(index)
+        self._ready.extend(self._to_do[name] for name in complete if name not in self._failed)
+
+    def _fail(self, shards: Sequence[str], reason: str) -> Iterator[Event]:
+        for shard in shards:
+            if shard in self._to_do and shard not in self._failed:
+                self._failed.add(shard)
+                yield ShardFailed(shard, reason)
