@@ -16,7 +16,7 @@ with DAG(
     schedule="15 2 * * *",
     start_date=datetime(2026, 1, 1),
     catchup=False,  # what is new is found in the corpus, not in the calendar: one run makes up for all missed ones
-    max_active_runs=1,  # two nights on one output would compute the same slices twice
+    max_active_runs=1,  # a second one would be refused the lease on the output, and be red
 ):
     BashOperator(
         task_id="submit",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Self
@@ -26,6 +27,10 @@ if sys.argv[2] == "submit":
     time.sleep(float(os.environ.get("SUBMIT_S", "0")))
     sys.exit(int(os.environ.get("SUBMIT_EXIT", "0")))
 if sys.argv[2] == "status":
+    with open(os.environ["CALLS"]) as calls:
+        known = [json.loads(line)[3] for line in calls if '"submit"' in line]
+    if sys.argv[3] not in known + os.environ.get("KNOWN", "").split():
+        sys.exit(f"Job {sys.argv[3]} does not exist")
     print(os.environ.get("STATUS", "Job 'x' succeeded"))
 """
 
@@ -54,13 +59,36 @@ def test_a_night_is_submitted_under_its_date_with_time_to_drain(fake_ray: dict[s
 
     done = submit(fake_ray, WORKING_DIR=".")
     assert done.returncode == 0, done.stderr
-    (_, _, *words), status = calls(fake_ray)
+    asked, (_, _, *words), status = calls(fake_ray)
     options = ray_job_submit.make_context("submit", list(words)).params
     assert re.fullmatch(r"nightly-\d{4}-\d{2}-\d{2}", options["submission_id"])
     assert options["working_dir"] == "."
     assert json.loads(options["runtime_env_json"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "90"}}
     assert list(options["entrypoint"]) == ["bash", "deploy/jobs/nightly.sh", "deploy/jobs/nightly.yaml"]
-    assert status == ["job", "status", options["submission_id"]]
+    assert asked == status == ["job", "status", options["submission_id"]]
+
+
+def test_the_date_is_that_of_utc_wherever_the_machine_is(fake_ray: dict[str, str]) -> None:
+    dates = {datetime.now(UTC).strftime("%F")}
+    for zone in ("Pacific/Kiritimati", "Pacific/Niue"):  # 25 hours apart
+        assert submit(fake_ray, TZ=zone).returncode == 0
+    dates.add(datetime.now(UTC).strftime("%F"))  # midnight may pass meanwhile
+    ids = [words[3] for words in calls(fake_ray) if words[1] == "submit"]
+    assert {re.sub(r"-2$", "", id_.removeprefix("nightly-")) for id_ in ids} <= dates
+
+
+def test_a_second_try_of_the_same_date_gets_a_number(fake_ray: dict[str, str]) -> None:
+    today = datetime.now(UTC).strftime("%F")
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).strftime("%F")  # midnight may pass meanwhile
+    known = " ".join(f"nightly-{date}{suffix}" for date in (today, tomorrow) for suffix in ("", "-2"))
+    assert submit(fake_ray, KNOWN=known).returncode == 0
+    (submitted,) = [words[3] for words in calls(fake_ray) if words[1] == "submit"]
+    assert submitted in (f"nightly-{today}-3", f"nightly-{tomorrow}-3")
+
+
+def test_a_name_that_was_given_is_used_once(fake_ray: dict[str, str]) -> None:
+    assert submit(fake_ray, NIGHT="x", KNOWN="nightly-x").returncode == 0
+    assert calls(fake_ray)[0][:4] == ["job", "submit", "--submission-id", "nightly-x"], "Ray refuses it, and says so"
 
 
 def test_without_a_folder_nothing_is_uploaded(fake_ray: dict[str, str]) -> None:
@@ -101,7 +129,7 @@ def test_nightly_hands_its_signals_to_shoal(tmp_path: Path) -> None:
         ["bash", str(JOBS / "nightly.sh"), "job.yaml"], env=env, capture_output=True, text=True, timeout=30
     )
     parent, *words = done.stdout.split()
-    assert words == ["-m", "jobs", "run", "job.yaml"]
+    assert words == ["-m", "jobs", "nightly", "job.yaml"]
     assert int(parent) == os.getpid(), "a shell in between would get the signal, and Shoal would not"
 
 
