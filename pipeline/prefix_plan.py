@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,9 @@ from pipeline.shards import Shard, ShardError, open_shard
 from pipeline.storage import public_uri
 
 _RENDER_BATCH_ROWS = 1024
+_RENDER_BATCH_BYTES = 4 * 2**20
+"""Of text, at most, if it is more than one row's: a tokenizer's lists take about ten times as much."""
+
 _BORDER_SEARCH = 0.25
 """A slice may be this share smaller or larger than its target, so that it can end where a prefix group does."""
 
@@ -319,14 +323,21 @@ def _fill(total: NDArray[np.int64], start: int, tokens: float, max_rows: int) ->
 def render_rows(job: Job, shard: Shard, tokenizer: Any) -> Iterator[RenderedRow]:
     """A shard's rows in its order, a batch of them in memory at a time. ShardError if the file cannot be read."""
     renderer = Renderer(job, tokenizer)
-    for batch in _read_batches(shard, renderer.columns):
-        yield from renderer.render(batch)
+    for batch in read_batches(shard, renderer.columns):
+        num_rows = max(1, len(batch) * _RENDER_BATCH_BYTES // max(1, batch.nbytes))
+        for start in range(0, len(batch), num_rows):
+            yield from renderer.render(batch.slice(start, num_rows))
 
 
-def _read_batches(shard: Shard, columns: list[str]) -> Iterator[pa.RecordBatch]:
+def read_batches(shard: Shard, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """A shard's rows in its order, at most 1,024 at a time. ShardError if the file cannot be read to its end."""
     num_rows = 0
     with open_shard(shard) as file:
-        batches = file.iter_batches(_RENDER_BATCH_ROWS, columns=columns)
+        # One row group after the other: of those that are asked for at once, all bytes are held until the last is read.
+        batches = chain.from_iterable(
+            file.iter_batches(_RENDER_BATCH_ROWS, row_groups=[group], columns=columns)
+            for group in range(file.num_row_groups)
+        )
         while True:
             try:
                 batch = next(batches, None)

@@ -245,9 +245,10 @@ def _assemble(
 
 def _input_batches(source: pq.ParquetFile, columns: list[str]) -> Iterator[tuple[int, pa.Table]]:
     start = 0
-    for batch in source.iter_batches(MERGE_BATCH_ROWS, columns=columns):
-        yield start, pa.Table.from_batches([batch])
-        start += len(batch)
+    for group in range(source.num_row_groups):  # of groups that are asked for at once, all bytes are held to the end
+        for batch in source.iter_batches(MERGE_BATCH_ROWS, row_groups=[group], columns=columns):
+            yield start, pa.Table.from_batches([batch])
+            start += len(batch)
     if start != source.metadata.num_rows:
         raise ShardError(f"its footer promises {source.metadata.num_rows} rows and {start} could be read")
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +23,8 @@ from pipeline.job import JSONL_SUFFIXES, Job, JobError
 from pipeline.storage import FileInfo, Storage, StorageError, is_glob, public_uri, split_glob, split_uri
 
 _FOOTER_THREADS = 16
+_MAX_PRE_BUFFER_BYTES = 128 * 2**20
+_BUFFER_BYTES = 8 * 2**20
 _NUM_NAMED_REASONS = 5
 
 
@@ -90,11 +92,20 @@ def open_shard(shard: Shard) -> Iterator[pq.ParquetFile]:
         if shard.is_batch_jsonl:
             file = JsonlFile(opened, shard.num_rows, is_gzip=_is_gzip(name))
         else:
-            file = pq.ParquetFile(opened, pre_buffer=True)
+            file = _open_parquet(opened)
     except (pa.ArrowException, OSError, StorageError) as error:
         raise ShardError(f"{public_uri(shard.uri)} cannot be read: {_first_line(error)}") from error
     with opened:
         yield file
+
+
+def _open_parquet(opened: BinaryIO) -> pq.ParquetFile:
+    """Read a row group's bytes at once, which takes fewest requests; or page by page where that is too much to hold."""
+    metadata = pq.read_metadata(opened)
+    groups = (metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
+    if max(groups, default=0) <= _MAX_PRE_BUFFER_BYTES:
+        return pq.ParquetFile(opened, metadata=metadata, pre_buffer=True)
+    return pq.ParquetFile(opened, metadata=metadata, pre_buffer=False, buffer_size=_BUFFER_BYTES)
 
 
 def _find_files(job: Job) -> list[FileInfo]:
