@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -100,6 +101,19 @@ def test_a_night_is_run_once(
         assert done.returncode == exit_code, done.stdout + done.stderr
         assert words in done.stdout + done.stderr
     assert (tmp_path / "out/_SUCCESS").exists()
+
+
+def test_a_second_try_of_a_date_finds_nothing_new(
+    head: Head, write_corpus: Callable[..., Path], write_job: Callable[..., Path]
+) -> None:
+    write_corpus({"a": ["one", "two"]})
+    command = ["bash", "deploy/jobs/submit.sh", str(write_job())]
+    env = {name: value for name, value in head.env.items() if name != "NIGHT"} | {"WORKING_DIR": "."}
+    for words in (r"1 new shards", r"nothing new; last success"):
+        done = subprocess.run(command, cwd=head.checkout, env=env, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert words in done.stdout
+    assert re.search(r"Job 'nightly-\d{4}-\d{2}-\d{2}-2' succeeded", done.stdout)
 
 
 def test_who_has_no_token_is_refused(head: Head) -> None:
