@@ -1,4 +1,4 @@
-"""Starts `python -m jobs run` as a user would, and ends it and all that it started; and what it should answer."""
+"""Starts `python -m jobs run` or `nightly` as a user would, and ends all that it started; and what it should answer."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from pipeline.shards import Shard, list_shards
 class Driver:
     """A driver process with a Ray of its own. On leaving, whatever of it still lives is ended, by process id."""
 
-    def __init__(self, job: Path, *overrides: str, env: dict[str, str] | None = None) -> None:
+    def __init__(self, job: Path, *overrides: str, env: dict[str, str] | None = None, command: str = "run") -> None:
         flags = [word for override in overrides for word in ("--set", override)]
         self.log = job.with_suffix(".log")
         self._out = self.log.open("w")
-        command = [sys.executable, "-m", "jobs", "run", str(job), *flags]
+        words = [sys.executable, "-m", "jobs", command, str(job), *flags]
         environment = {**os.environ, **(env or {})}
-        self.process = psutil.Popen(
-            command, stdout=self._out, stderr=subprocess.STDOUT, cwd=job.parent, env=environment
-        )
+        self.process = psutil.Popen(words, stdout=self._out, stderr=subprocess.STDOUT, cwd=job.parent, env=environment)
         self._family: dict[int, psutil.Process] = {}
 
     def __enter__(self) -> Self:
