@@ -15,9 +15,11 @@ import pyarrow as pa
 
 from actors.weights.checkpoint import load_tokenizer
 from jobs.run import named_models
+from pipeline.field_gain import settle_field_order
 from pipeline.job import Job, JobError, job_from_dict, load_job
 from pipeline.prompts import Renderer
 from pipeline.shards import Shard, list_shards, open_shard
+from pipeline.storage import Storage
 
 PROMPT_COLUMNS = ("messages", "prompt", "text")
 """Taken in this order where no column is named."""
@@ -60,8 +62,9 @@ def read_calibration(
     """
     job = _calibration_job(source, model, columns)
     tokenizer = load_tokenizer(job.engine.tokenizer or model)
-    renderer = Renderer(job, tokenizer)
     shards = sorted(list_shards(job).good, key=lambda shard: shard.name)
+    job = settle_field_order(job, shards, Storage(job.output.path), keep=False)
+    renderer = Renderer(job, tokenizer)
     wanted = _sample(shards, num_rows, seed)
     sequences = []
     for rows in _read_rows(shards, wanted, [*renderer.columns, *([columns.response] if columns.response else [])]):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
@@ -22,12 +23,13 @@ from pipeline.corpus_sample import CorpusSample, sample_corpus
 from pipeline.device_profile import DeviceProfile, find_profile, read_profile
 from pipeline.estimate import estimate
 from pipeline.experience import Experience, read_experience, run_pilot, runs_here
+from pipeline.field_gain import GAIN_ROWS, measure_gain, settle_field_order
 from pipeline.job import Job, JobError, load_job
 from pipeline.plan_file import Plan, corpus_digest
 from pipeline.pricing import price_of
 from pipeline.progress import count, new_console, percent, seconds, usd
 from pipeline.results import published_shards
-from pipeline.shards import ShardList, list_shards
+from pipeline.shards import Shard, ShardList, list_shards
 from pipeline.slice_runner import max_actors
 from pipeline.storage import Storage, absolute_uri, public_uri
 
@@ -83,10 +85,12 @@ def make_plan(
     check_model(job.model)
     shards = list_shards(job)
     output = Storage(job.output.path)
+    job = settle_field_order(job, shards.good, output, keep=False)
     tokenizer = load_tokenizer(job.engine.tokenizer or job.model)
     num_prompts = MOST_PILOT_ROWS if settings.pilot_rows is None else settings.pilot_rows
     sample = sample_corpus(job, tokenizer, shards.good, settings.sample_rows, settings.seed, num_prompts)
     notes = [f"shard {name} cannot be used and is not in these figures: {reason}" for name, reason in shards.bad]
+    notes += _gain_of_fields(job, tokenizer, shards.good, settings)
     profile = read_profile(absolute_uri(settings.step_times, Path.cwd())) if settings.step_times else None
     if profile is not None:
         _check_profile(job, profile)
@@ -114,6 +118,21 @@ def make_plan(
         estimate=found,
     )
     return made, sample, experience
+
+
+def _gain_of_fields(job: Job, tokenizer: Any, shards: Sequence[Shard], settings: PlanSettings) -> list[str]:
+    """What `plan.reorder_fields` gains, or would."""
+    if len(job.prompt.template_fields) < 2:
+        return []
+    gain = measure_gain(job, tokenizer, shards, min(settings.sample_rows, GAIN_ROWS), settings.seed)
+    if job.plan.reorder_fields:
+        return [gain.describe()]
+    if gain.reordered <= gain.as_written:
+        return []
+    return [
+        f"plan.reorder_fields: true would raise achievable prefix hits from {gain.as_written:.1%} to "
+        f"{gain.reordered:.1%}; it changes the prompts"
+    ]
 
 
 def _check_profile(job: Job, profile: DeviceProfile) -> None:

@@ -22,13 +22,14 @@ from actors.quality import METRICS, Estimate, Part, Quality, QualityError, RowQu
 from actors.requests import SamplingParams
 from actors.weights.checkpoint import check_model, load_tokenizer
 from jobs.run import named_models
+from pipeline.field_gain import settle_field_order
 from pipeline.job import Job, JobError, explain_validation_error, job_from_dict, load_job
 from pipeline.parquet import to_parquet
 from pipeline.progress import new_console
 from pipeline.prompt_sample import SampledPrompt, sample_prompts
 from pipeline.prompts import Renderer
 from pipeline.shards import list_shards
-from pipeline.storage import absolute_uri, public_uri, split_uri
+from pipeline.storage import Storage, absolute_uri, public_uri, split_uri
 
 PARTS: tuple[Part, ...] = ("answer", "prompt")
 MAX_PRINTED_SHARDS = 20
@@ -85,8 +86,10 @@ def quality(
     job, other = job.resolve(named_models()), other.resolve(named_models())
     for one in (job, other):
         check_model(one.model)
+    shards = list_shards(job).good
+    job = settle_field_order(job, shards, Storage(job.output.path), keep=False)
     renderer = Renderer(job, load_tokenizer(job.engine.tokenizer or job.model))
-    sample = sample_prompts(renderer, list_shards(job).good, num_rows, seed)
+    sample = sample_prompts(renderer, shards, num_rows, seed)
     if not sample.prompts:
         raise QualityError(f"none of the {sample.num_unusable} rows drawn has a prompt that can be answered")
     rows = compare_configs(job.engine, other.engine, [p.token_ids for p in sample.prompts], job.sampling)

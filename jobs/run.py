@@ -27,8 +27,9 @@ from actors.weights.checkpoint import check_model, load_tokenizer, open_checkpoi
 from jobs.named_models import named_models
 from jobs.predicted import print_predicted, say_prediction
 from pipeline.answering import Worker
-from pipeline.claim import claim_output
+from pipeline.claim import claim_output, refuse_other_job
 from pipeline.events import Event
+from pipeline.field_gain import measure_gain, settle_field_order
 from pipeline.graph import (
     Graph,
     check_pool_fits,
@@ -95,10 +96,13 @@ def run(
     job = load_job(job_path, overrides).resolve(named_models())
     check_model(job.model)
     check_speculation(job)
-    Renderer(job, load_tokenizer(job.engine.tokenizer or job.model))  # a missing chat template shows here
     shards = list_shards(job)
     _check_columns(job, shards)
     output = Storage(job.output.path)
+    refuse_other_job(output, job)
+    job = settle_field_order(job, shards.good, output, keep=True)
+    tokenizer = load_tokenizer(job.engine.tokenizer or job.model)
+    Renderer(job, tokenizer)  # a missing chat template shows here
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -113,6 +117,8 @@ def run(
     record = RunRecord(spec.run, started_at=time.time())
     tally = _start_tally(output, shards, todo, job.limits)
     say(_describe_start(job, shards, todo))
+    if todo and job.plan.reorder_fields:
+        say(measure_gain(job, tokenizer, todo).describe())
     say_prediction(job, shards.good, todo, output, say)
     stop = None
     if todo:
@@ -171,7 +177,8 @@ def _watch(
         if onlooker is not None:
             onlooker.note(event)
         if stop is None:
-            stop = _stop_by_signal(signals) or _stop_by_limit(job, tally) or (onlooker and onlooker.find_stop())
+            asked = onlooker.find_stop() if onlooker is not None else None
+            stop = _stop_by_signal(signals) or asked or _stop_by_limit(job, tally)
             if stop is not None:
                 progress.say(f"stopping: {stop.reason}; slices in flight are finished first")
                 graph.stop()

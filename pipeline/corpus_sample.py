@@ -108,7 +108,7 @@ def sample_corpus(
     """
     rng = random.Random(seed)
     total = sum(shard.num_rows for shard in shards)
-    chosen = _choose_shards(shards, num_rows, rng)
+    chosen = choose_shards(shards, num_rows, rng)
     num_chosen = sum(shard.num_rows for shard in chosen)
     renderer = Renderer(job, tokenizer)
     samples: list[ShardSample] = []
@@ -141,7 +141,7 @@ def _choose_prompts(
     return [rows[i] for i in sorted(single)], runs
 
 
-def _choose_shards(shards: Sequence[Shard], num_rows: int, rng: random.Random) -> list[Shard]:
+def choose_shards(shards: Sequence[Shard], num_rows: int, rng: random.Random) -> list[Shard]:
     """All, if the rows are no more than asked for; else at random as many whole ones as fit, at least MIN_SHARDS of
     which parts are read then. In the order of a run, largest first."""
     order = [shard for shard in shards if shard.num_rows]
@@ -158,7 +158,7 @@ def _sample_shard(
     packed: list[PackedRow] = []
     limits: dict[int, tuple[int, int]] = {}
     num_drawn = 0
-    for index, rendered in _render(renderer, shard, wanted, rng):
+    for index, rendered in render_sample(renderer, shard, wanted, rng):
         row = pack_row(job, shard, index, rendered)
         packed.append(row)
         if rendered.error is None:
@@ -178,9 +178,9 @@ def _sample_shard(
     if len(packed) < shard.num_rows and good:
         num_all_good = num_good * shard.num_rows / len(packed)
         counts = np.array([1 + len(row.duplicates) for row in good])
-        num_distinct = float(_expected_distinct(len(good), *_seen_once_and_twice(counts), num_good, num_all_good))
+        num_distinct = expected_rows(counts, num_good, num_all_good)
         expected = num_all_good - num_distinct
-        computed = _expected_computed(lengths, shared.astype(np.int64), num_distinct / len(good))
+        computed = expected_computed(lengths, shared.astype(np.int64), num_distinct / len(good))
         computed_share = min(1.0, computed / num_distinct / max(1e-9, float((lengths - shared).mean())))
     sample = ShardSample(
         name=shard.name,
@@ -201,12 +201,14 @@ def _sample_shard(
     return sample, good
 
 
-def _render(renderer: Renderer, shard: Shard, wanted: int, rng: random.Random) -> Iterator[tuple[int, RenderedRow]]:
+def render_sample(
+    renderer: Renderer, shard: Shard, wanted: int, rng: random.Random
+) -> Iterator[tuple[int, RenderedRow]]:
     """Row numbers and rendered rows: all of the shard, or `wanted` of some of its row groups."""
     try:
         with open_shard(shard) as source:
             counts = [source.metadata.row_group(i).num_rows for i in range(source.num_row_groups)]
-            groups = _choose_groups(counts, wanted, rng)
+            groups = choose_groups(counts, wanted, rng)
             num_there = sum(counts[group] for group in groups)
             chosen = iter(sorted(rng.sample(range(num_there), min(wanted, num_there))))
             following = next(chosen, None)
@@ -226,7 +228,7 @@ def _render(renderer: Renderer, shard: Shard, wanted: int, rng: random.Random) -
         raise ShardError(f"{public_uri(shard.uri)} cannot be read: {error}") from error
 
 
-def _choose_groups(counts: Sequence[int], wanted: int, rng: random.Random) -> list[int]:
+def choose_groups(counts: Sequence[int], wanted: int, rng: random.Random) -> list[int]:
     """Row groups at random until they hold the rows wanted, and at least MIN_ROW_GROUPS; ascending."""
     chosen: list[int] = []
     num_rows = 0
@@ -245,11 +247,13 @@ def _max_output(job: Job, rendered: RenderedRow) -> int:
     return max(1, min(rendered.sampling.max_tokens, room))
 
 
-def _seen_once_and_twice(counts: Ints) -> tuple[float, float]:
-    return float((counts == 1).sum()), float((counts == 2).sum())
+def expected_rows(counts: Ints, num_read: int, num_all: float) -> float:
+    """How many different rows there are among all, when each that was read was read `counts` times."""
+    once, twice = float((counts == 1).sum()), float((counts == 2).sum())
+    return float(_expected_distinct(len(counts), once, twice, num_read, num_all))
 
 
-def _expected_computed(lengths: Ints, shared: Ints, growth: float) -> float:
+def expected_computed(lengths: Ints, shared: Ints, growth: float) -> float:
     """Tokens to compute of `growth` times as many rows: nodes of their prefix tree (a node is a token with all before
     it), estimated depth by depth, for what is a document at one depth is a question at another."""
     before, after = shared, np.append(shared[1:], 0)

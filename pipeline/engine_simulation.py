@@ -245,7 +245,10 @@ class _Run:
         num_read = float((rows.prompt_N[decoding_X] + written_X).sum())
         num_read += num_verified - len(decoding_X)
         num_read += (num_steps - 1) / 2 * len(decoding_X) * tokens_per_step
-        num_read += sum(int(rows.prompt_N[row] - self._left_prompt[row]) + count for row, count in prompts.items())
+        num_read_by_prompts = sum(
+            int(rows.prompt_N[row] - self._left_prompt[row]) + count for row, count in prompts.items()
+        )
+        num_read += num_read_by_prompts
         num_chunks = sum(
             self._left_prompt[row] < rows.prompt_N[row] and count > 1 for row, count in prompts.items()
         ) + (len(decoding_X) if num_verified >= 2 * len(decoding_X) else 0)
@@ -260,7 +263,12 @@ class _Run:
             )
         )
         self._seconds += seconds
-        self._prefill_s += seconds * num_prompt_tokens / (num_prompt_tokens + num_verified)
+        # As an engine charges its rows (`StepTimes.weigh_step`): tokens alike, and attention by what is read.
+        num_tokens, num_requests = num_prompt_tokens + num_verified, len(decoding_X) + len(prompts)
+        token_s = float(self._times.seconds(num_tokens, num_requests, num_requests, 0, num_chunks=0)) / num_tokens
+        read_s = self._times.attention_s_per_read
+        weight = num_prompt_tokens * token_s + num_read_by_prompts * read_s
+        self._prefill_s += seconds * weight / (num_tokens * token_s + num_read * read_s)
         self._num_steps += num_steps
 
     def _num_read_together(self, in_step: list[int]) -> float:

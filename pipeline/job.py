@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import jinja2
-import jinja2.meta
-import jinja2.sandbox
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic.json_schema import SkipJsonSchema
 
 from actors.config import EngineConfig
 from actors.requests import SamplingParams
+from pipeline.field_order import FieldOrder
 from pipeline.settings_file import JobError, merge_settings, parse_override, read_yaml
 from pipeline.storage import Storage, StorageError, absolute_uri, public_uri
+from pipeline.template_fields import TemplateColumns, read_template
 
 FINGERPRINT_VERSION = 1
 """Raised whenever a new Shoal answers the same job differently."""
@@ -45,6 +45,7 @@ ENGINE_FIELDS_WITHOUT_EFFECT_ON_RESULTS = frozenset(
         "max_num_batched_tokens",
         "enable_prefix_caching",
         "enable_prefix_groups",
+        "enforce_eager",
         "num_threads",
         "speculative_config",
     }
@@ -163,12 +164,18 @@ class PromptSection(_Section):
         return self
 
     @cached_property
+    def _template_columns(self) -> TemplateColumns:
+        return TemplateColumns(()) if self.template is None else read_template(self.template)
+
+    @property
     def template_columns(self) -> tuple[str, ...]:
         """The columns that the template reads, by name."""
-        if self.template is None:
-            return ()
-        parsed = jinja2.sandbox.ImmutableSandboxedEnvironment().parse(self.template)
-        return tuple(sorted(jinja2.meta.find_undeclared_variables(parsed)))
+        return self._template_columns.columns
+
+    @property
+    def template_fields(self) -> tuple[str, ...]:
+        """Those that it writes by `{{ fields(...) }}`, in whose place any order will do."""
+        return self._template_columns.fields
 
 
 class PoolSection(_Section):
@@ -215,12 +222,20 @@ class PricingSection(_Section):
 
 
 class PlanSection(_Section):
-    """How a shard is cut into slices, the units of work, of retry and of checkpoint."""
+    """What is planned together, and how that is cut into slices, the units of work, of retry and of checkpoint."""
 
+    scope: Annotated[
+        Literal["auto", "shard", "corpus"],
+        Field(description="plan each shard by itself, or all as one corpus; auto: what a sample says is cheaper"),
+    ] = "auto"
     slice_tokens: Annotated[
         int, Field(ge=1, description="prompt tokens per slice, those shared with the row before not counted")
     ] = 65536
     max_rows_per_slice: Annotated[int, Field(ge=1)] = 256
+    reorder_fields: Annotated[
+        bool,
+        Field(description="order the columns of {{ fields(...) }} per row so that prompts share most; changes prompts"),
+    ] = False
 
 
 class QualitySection(_Section):
@@ -255,6 +270,9 @@ class Resolved(_Section):
     model_identity: str
     tokenizer_identity: str
     max_model_len: Annotated[int | None, Field(description="tokens per row; None: only the engine will know")] = None
+    field_order: Annotated[
+        FieldOrder | None, Field(description="kept in field_order.json; None: as written", exclude=True)
+    ] = None
 
 
 class Job(_Section):
@@ -314,6 +332,11 @@ class Job(_Section):
             raise ValueError(
                 "prompt.system needs the chat template; set prompt.chat_template: true, "
                 "or put the text into prompt.template"
+            )
+        if self.plan.reorder_fields and len(self.prompt.template_fields) < 2:
+            raise ValueError(
+                "plan.reorder_fields=true needs columns whose order has no meaning, and the prompt names none: write "
+                'them as {{ fields("title", "review") }} in prompt.template, which makes a JSON object of them'
             )
         if self.limits.budget_usd is not None and self.pricing.usd_per_device_hour == 0:
             raise ValueError(
@@ -424,6 +447,8 @@ class Job(_Section):
         fields["engine.max_model_len"] = self.resolved.max_model_len
         if self.engine.deterministic:  # sums over a context are cut at pages
             fields["engine.page_size"] = self.engine.page_size
+        if self.plan.reorder_fields:  # what the order is, the output keeps
+            fields["plan.reorder_fields"] = True
         fields["shoal.fingerprint_version"] = FINGERPRINT_VERSION
         return dict(sorted(fields.items()))
 

@@ -22,6 +22,7 @@ from pipeline.job import Job, JobError, explain_validation_error
 from pipeline.openai_api.batch_lines import row_error_of
 from pipeline.openai_api.errors import ApiError
 from pipeline.prompt_text import BadPrompt, PromptWriter, encodable, read_messages
+from pipeline.template_fields import FIELDS, value_text, write_fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,8 @@ class Renderer:
         self._writer = PromptWriter(job.prompt, tokenizer)
         self._max_model_len = job.resolved.max_model_len if job.resolved else job.engine.max_model_len
         self._template = _compile_template(job.prompt.template) if job.prompt.template is not None else None
+        self._order = job.resolved.field_order if job.resolved else None
+        assert self._order is not None or not job.plan.reorder_fields, "settle_field_order comes before any prompt"
         self._overrides: dict[str, SamplingParams] = {}
         if job.uses_chat_template and not getattr(tokenizer, "chat_template", None):
             raise JobError(
@@ -102,7 +105,12 @@ class Renderer:
     def _fill_template(self, row: Mapping[str, Any]) -> str:
         assert self._template is not None
         columns = {name: _decoded(name, row[name]) for name in self._job.prompt.template_columns}
+        names = self._job.prompt.template_fields
         try:
+            if names:
+                texts = {name: value_text(columns[name]) for name in names}
+                written = write_fields(names if self._order is None else self._order.order_of(texts), texts)
+                columns[FIELDS] = lambda *_: written
             return self._template.render(columns)
         except BadPrompt:
             raise
@@ -175,6 +183,17 @@ class _Undecodable:
     """Stands for a value with text in it that is not UTF-8."""
 
     reason: str
+
+
+def field_texts(name: str, column: pa.Array) -> list[str]:
+    """The texts that `fields(...)` writes for a column; null for what is no valid text: such rows are errors anyway."""
+    texts = []
+    for value in _read_column(column):
+        try:
+            texts.append(value_text(_decoded(name, value)))
+        except BadPrompt:
+            texts.append(value_text(None))
+    return texts
 
 
 def _read_column(column: pa.Array) -> list[Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from jobs import cli
@@ -103,6 +104,20 @@ def test_a_machine_that_others_use_is_said_and_their_time_is_not_counted(write_c
     monkeypatch.setattr("pipeline.experience.time", half)
     notes = planned(write_job()).estimate.notes
     assert any("the pilot had its core for 50% of the time" in note for note in notes), notes
+
+
+def test_what_the_order_of_fields_gains_is_said_before_it_is_used(write_corpus, write_job, monkeypatch, capsys):
+    rows = [{"review": f"review {i}", "film": f"the film number {i % 3} " * 4} for i in range(60)]
+    write_corpus({"a": pa.Table.from_pylist(rows)})
+    prompt = {"template": 'Good? {{ fields("review", "film") }}'}
+    job = str(write_job(input={"prompt_column": None}, prompt=prompt))
+    options = ("--json", "--pilot-rows", "0")
+    notes = json.loads(shoal(monkeypatch, capsys, "plan", job, *options)[1])["estimate"]["notes"]
+    assert any("plan.reorder_fields: true would raise achievable prefix hits from " in note for note in notes), notes
+    reorder = ("--set", "plan.reorder_fields=true")
+    plan = json.loads(shoal(monkeypatch, capsys, "plan", job, *options, *reorder)[1])
+    (said,) = [note for note in plan["estimate"]["notes"] if "reordered" in note]
+    assert f"{plan['estimate']['achievable_hit_rate']:.1%} of prompt tokens are achievable prefix hits" in said
 
 
 def test_step_times_of_another_model_are_refused(write_corpus, write_job, tmp_path, monkeypatch, capsys):
