@@ -61,6 +61,8 @@ class EngineStats:
     num_prefill_tokens: int = 0
     num_decode_tokens: int = 0
     num_preemptions: int = 0
+    num_cached_tokens: int = 0  # of finished rows' prompts, as `requests.Usage` has them
+    num_evicted_tokens: int = 0
     lost_ns: int = 0
     num_verify_steps: int = 0  # request-steps with at least one draft token
     saved_by_speculation_s: float = 0.0  # an estimate, from the step-time model
@@ -151,6 +153,11 @@ class Engine:
             self.stats.lost_ns += sequence.device_ns
             if sequence not in row.done:
                 self.scheduler.finish(sequence)
+
+    def expect_more(self) -> None:
+        """The requests added since the last call are one part of an order that goes on: what comes next will begin
+        like the last of them, so its pages are kept if they can be."""
+        self.scheduler.expect_more()
 
     def sequences_of(self, request_id: str) -> SequenceOf[Sequence]:
         """A live request's sequences, for reading what they have so far; none when it is not in the engine any more."""
@@ -302,8 +309,11 @@ class Engine:
             time_to_first_token_s=min(s.first_token_at - s.added_at for s in row.sequences if s.first_token_at),
             inter_token_s=first.mean_inter_token_s,
             num_preemptions=sum(s.num_preemptions for s in row.sequences),
+            evicted_tokens=first.num_evicted,
         )
         self.stats.num_preemptions += usage.num_preemptions
+        self.stats.num_cached_tokens += usage.cached_tokens
+        self.stats.num_evicted_tokens += usage.evicted_tokens
         for sequence in row.sequences:
             if sequence.matcher is not None and sequence.matcher.error and math.isfinite(sequence.sum_logprob):
                 error = RowError("invalid_sampling", sequence.matcher.error)

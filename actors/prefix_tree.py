@@ -7,6 +7,10 @@ copied, so sharing is exact to the token and not rounded down to pages.
 Nodes enter the tree when their tokens are known, before they are computed: a second prompt with the same beginning
 then sees that somebody is about to compute it, and can wait for that instead of computing it again.
 
+What is evicted: a leaf that no waiting sequence will read, the one used longest ago first; when there is none, the leaf
+whose next reader is furthest back in the queue. A leaf is judged when its turn for eviction comes and again when that
+reader has left the queue, not before, so that a pool with room to spare pays nothing for it.
+
 Radix caching is SGLang's idea (arXiv 2312.07104). Knows no scheduler and no tensors.
 """
 
@@ -17,25 +21,46 @@ import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from actors.next_use import ROOT, FutureUses, LostPages, page_hash
 from actors.pages import PagePool
 
 MAX_SIBLINGS_COMPARED = 16
 """Children with the same first token that a partial match looks at, latest first: corpora come sorted by tokens, so
 the best neighbour is nearly always the latest."""
 
+WORTH_A_PAGE = 8
+"""A page is kept for a reader of at least one in so many of its tokens."""
+
 
 class Node:
     """One page: its tokens, how many of them are computed, and how many sequences use it now."""
 
-    __slots__ = ("children", "in_tree", "last_used", "num_computed", "num_refs", "page", "parent", "tokens")
+    __slots__ = (
+        "children",
+        "depth",
+        "in_tree",
+        "last_used",
+        "next_turn",
+        "num_computed",
+        "num_prompt",
+        "num_refs",
+        "page",
+        "parent",
+        "path",
+        "tokens",
+    )
 
     def __init__(self, parent: Node | None, page: int, tokens: list[int]):
         self.parent = parent
         self.page = page
         self.tokens = tokens
         self.num_computed = 0
+        self.num_prompt = len(tokens)  # of a prompt, and not generated
         self.num_refs = 0
         self.last_used = 0
+        self.next_turn: int | None = None  # of its next reader, when it was last judged
+        self.depth: int = 0 if parent is None else parent.depth + 1
+        self.path: int | None = None  # hash of its tokens and all above, once asked for
         self.in_tree = False
         self.children: dict[int, list[Node]] = {}  # by first token
 
@@ -55,16 +80,27 @@ class Match:
 
 
 class PrefixTree:
-    """All pages that hold computed tokens, shared by sequences, evicted least recently used leaf first."""
+    """All pages that hold computed tokens, shared by sequences.
 
-    def __init__(self, pool: PagePool, page_size: int, enabled: bool = True):
+    future: who waits, for choosing what to evict; None: the least recently used leaf goes first.
+    """
+
+    def __init__(self, pool: PagePool, page_size: int, enabled: bool = True, future: FutureUses | None = None):
         self._pool = pool
         self._page_size = page_size
         self._enabled = enabled
+        self._future = future
+        self.lost = LostPages(page_size)
         self._root = Node(None, -1, [])
         self._root.in_tree = True
+        self._root.path = ROOT
         self._clock = itertools.count(1)
-        self._evictable: list[tuple[int, Node]] = []  # heap of (last_used, leaf); entries can be stale
+        # Leaves that are not judged, by last use, and those with a reader. Entries can be stale, and are cleared out
+        # when most are.
+        self._unjudged: list[tuple[int, Node]] = []
+        self._needed: list[tuple[int, Node]] = []  # by minus their next reader's turn
+        self._needed_by: dict[int, list[Node]] = {}
+        self._max_entries = 4 * pool.num_pages + 1000
         self.num_unused = 0  # nodes in the tree that no sequence uses: all of them could be evicted
 
     @property
@@ -137,6 +173,7 @@ class PrefixTree:
             node = nodes[i]
             node.tokens = list(tokens[i * size : min((i + 1) * size, num_computed)])
             node.num_computed = len(node.tokens)
+            node.path = None
             if not node.in_tree:
                 self._link(node)
 
@@ -188,19 +225,100 @@ class PrefixTree:
             self.num_unused -= 1
         self._offer(node.parent)
 
+    def reader_gone(self, turn: int) -> None:
+        """Whoever had this turn waits no more: what was kept for it is judged anew."""
+        for node in self._needed_by.pop(turn, ()):
+            if node.next_turn == turn:
+                self._offer(node)
+
     def _offer(self, node: Node) -> None:
         """Note a node as a candidate for eviction if it is one now."""
-        if node.in_tree and node.num_refs == 0 and not node.children and node is not self._root:
-            heapq.heappush(self._evictable, (node.last_used, node))
+        if self._is_candidate(node):
+            node.next_turn = None
+            heapq.heappush(self._unjudged, (node.last_used, node))
+            if len(self._unjudged) > self._max_entries:
+                self._unjudged = sorted({entry for entry in self._unjudged if self._is_unjudged(*entry)})
+
+    def _is_candidate(self, node: Node) -> bool:
+        return node.in_tree and node.num_refs == 0 and not node.children and node is not self._root
+
+    def _is_unjudged(self, last_used: int, node: Node) -> bool:
+        return node.last_used == last_used and node.next_turn is None and self._is_candidate(node)
 
     def _evict(self, count: int) -> None:
-        while count > 0:
-            last_used, node = heapq.heappop(self._evictable)
-            if not node.in_tree or node.num_refs or node.children or node.last_used != last_used:
-                continue  # stale entry
+        if count > 0 and self._future is not None:
+            self._future.start()
+        for _ in range(count):
+            node = self._least_needed()
+            assert node.parent is not None
+            if self._future is not None and node.num_computed and node.num_prompt:
+                self.lost.add(self._path_of(node.parent), node.tokens, min(node.num_prompt, node.num_computed))
             self._unlink(node)
             self._pool.free(node.page)
-            count -= 1
+
+    def _least_needed(self) -> Node:
+        while self._unjudged:
+            last_used, node = heapq.heappop(self._unjudged)
+            if self._is_unjudged(last_used, node) and not self._is_needed(node):
+                return node
+        while True:
+            minus_turn, node = heapq.heappop(self._needed)
+            if node.next_turn != -minus_turn or not self._is_candidate(node):
+                continue  # stale
+            # Somebody may have come since who reads it sooner, or somebody else's page may serve its reader better.
+            if not self._is_needed(node) or node.next_turn == -minus_turn:
+                return node
+
+    def _is_needed(self, node: Node) -> bool:
+        """Judge a candidate; one that has a reader is kept in mind by its turn."""
+        before, node.next_turn = node.next_turn, self._next_turn(node)
+        if node.next_turn is None:
+            return False
+        if node.next_turn != before:
+            heapq.heappush(self._needed, (-node.next_turn, node))
+            self._needed_by.setdefault(node.next_turn, []).append(node)
+            if len(self._needed) > self._max_entries:
+                valid = {(minus_turn, n) for minus_turn, n in self._needed if n.next_turn == -minus_turn}
+                self._needed = sorted(entry for entry in valid if self._is_candidate(entry[1]))
+        return True
+
+    def _next_turn(self, node: Node) -> int | None:
+        """The turn of the next sequence that would find this leaf of use; None if none is known."""
+        future, parent = self._future, node.parent
+        if future is None:
+            return None
+        assert parent is not None
+        siblings = parent.children[node.tokens[0]][-MAX_SIBLINGS_COMPARED:]
+        if node not in siblings:
+            return None  # nobody looks so far back
+        above = self._path_of(parent)
+        reader = future.next_reader(page_hash(above, node.tokens)) if len(node.tokens) == self._page_size else None
+        goer = future.next_goer(above, node.tokens[0], (node.depth - 1) * self._page_size)
+        if goer is None or (reader is not None and reader <= goer[0]):
+            return reader
+        turn, wanted = goer
+        agreed = _num_equal(node.tokens, wanted)
+        if agreed * WORTH_A_PAGE < self._page_size:
+            return reader
+        is_newer = False
+        for sibling in siblings:
+            if sibling is node:
+                is_newer = True
+            elif _num_equal(sibling.tokens, wanted) >= agreed + (not is_newer):
+                return reader  # that one will be taken
+        return turn
+
+    def _path_of(self, node: Node) -> int:
+        """Hash of a full node's tokens and all above."""
+        chain = []
+        while node.path is None:
+            chain.append(node)
+            assert node.parent is not None
+            node = node.parent
+        path = node.path
+        for node in reversed(chain):
+            path = node.path = page_hash(path, node.tokens)
+        return path
 
 
 def _num_equal(a: SequenceOf[int], b: SequenceOf[int]) -> int:

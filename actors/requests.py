@@ -105,7 +105,8 @@ class Output:
 @dataclass(slots=True)
 class Usage:
     """OpenAI's counts, and what the row cost. `device_seconds` over all rows and named overheads sum to the
-    time that the device was held."""
+    time that the device was held. Of the prompt tokens that were not cached, `evicted_tokens` had been computed by this
+    engine before and were lost for want of pages; the others it had never seen behind the same beginning."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -116,6 +117,7 @@ class Usage:
     time_to_first_token_s: float | None = None
     inter_token_s: float | None = None  # mean over the row's tokens after the first
     num_preemptions: int = 0
+    evicted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

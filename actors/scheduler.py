@@ -2,8 +2,9 @@
 
 No tensors here: `plan_step` says what the runner shall compute, `commit` takes note of what it computed. Running
 sequences come first (one token of each that decodes, the next chunk of each prompt), then waiting ones are admitted
-in their order while tokens, places and pages last. When pages run out, the sequence admitted last gives its pages
-back and is computed again later; its finished pages stay in the prefix tree, so mostly little is lost.
+in their order while tokens, places and pages last. When pages run out, those go from the prefix tree that no waiting
+sequence will read, then those that are read last (`next_use`); then the sequence admitted last gives its pages back and
+is computed again later; its finished pages stay in the prefix tree, so mostly little is lost.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+from actors.next_use import FutureUses
 from actors.pages import PagePool
 from actors.prefix_tree import Match, PrefixTree
 from actors.sequence import Sequence
@@ -63,7 +65,10 @@ class Scheduler:
         enable_prefix_caching: bool = True,
     ):
         self.pool = PagePool(num_pages)
-        self.tree = PrefixTree(self.pool, page_size, enable_prefix_caching)
+        self._future = FutureUses(page_size)
+        self.tree = PrefixTree(
+            self.pool, page_size, enable_prefix_caching, self._future if enable_prefix_caching else None
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.peak_pages = 0
@@ -76,6 +81,14 @@ class Scheduler:
         """Queue a sequence; it must fit into the pool when alone."""
         assert sequence.max_len <= self.pool.num_pages * self._page_size
         self.waiting.append(sequence)
+        self._future.join(sequence)
+
+    def expect_more(self) -> None:
+        """What was added last goes on later: the pages of the last sequence are kept for what comes then, before pages
+        that nobody is known to read and after those that somebody waits for."""
+        forgotten = self._future.expect_more()
+        if forgotten is not None:
+            self.tree.reader_gone(forgotten)
 
     def plan_step(self) -> StepPlan:
         """Choose what to compute next. Empty only if nothing is waiting or running."""
@@ -129,6 +142,7 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+            self._stop_waiting(sequence)
         self._give_back(sequence)
 
     def discard(self, sequence: Sequence) -> list[int]:
@@ -161,6 +175,10 @@ class Scheduler:
         self._give_back(sequence)
         sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
+        self._future.join(sequence, at_front=True)
+
+    def _stop_waiting(self, sequence: Sequence) -> None:
+        self.tree.reader_gone(self._future.leave(sequence))
 
     def _give_back(self, sequence: Sequence) -> None:
         self.tree.settle(sequence.nodes, sequence.num_shared, sequence.token_ids, sequence.num_computed)
@@ -183,6 +201,7 @@ class Scheduler:
             if not self._place(sequence, match, plan):
                 break
             self.waiting.popleft()
+            self._stop_waiting(sequence)
             self.running.append(sequence)
             num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
             plan.sequences.append(sequence)
@@ -213,6 +232,7 @@ class Scheduler:
         sequence.num_computed = len(match.nodes) * size + match.num_partial
         if sequence.num_generated == 0:
             sequence.num_cached = sequence.num_computed
+            sequence.num_evicted = self.tree.lost.num_lost(sequence, sequence.num_computed)
         if match.partial is not None:
             plan.copies.append(PageCopy(match.partial.page, own[0].page, match.num_partial))
             own[0].num_computed = min(match.num_partial, len(own[0].tokens))

@@ -34,6 +34,10 @@ class Sequence:
     nodes: list[Node] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
     num_shared: int = 0
+    turn: int = 0  # while it waits; kept with the hashes of its pages by `next_use.FutureUses`
+    path: list[int] | None = None
+    heads: list[int] | None = None
+    num_evicted: int = 0  # prompt tokens that would have been cached but for eviction
     seed: int = 0
     added_at: float = 0.0
     first_token_at: float | None = None

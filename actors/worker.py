@@ -269,6 +269,7 @@ class EngineWorker:
                 call.own_ids.append(own_id)
                 self._call_of[own_id] = call
                 self.engine.add(replace(request, request_id=own_id))
+            self.engine.expect_more()
         return True
 
     def _has_news(self) -> bool:
