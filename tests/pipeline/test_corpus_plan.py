@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actors.requests import derive_seed
+from actors.requests import Completion, Output, Usage, derive_seed
 from pipeline.corpus_plan import manifest as manifests
 from pipeline.corpus_plan.countdown import Countdown
 from pipeline.corpus_plan.key_ranges import choose_ranges
@@ -33,9 +34,13 @@ from pipeline.corpus_plan.manifest import (
 from pipeline.corpus_plan.merging import merge_range
 from pipeline.corpus_plan.planning import finish_plan, plan_corpus, remove_other_plans, remove_plans
 from pipeline.corpus_plan.sorted_runs import sort_shard
-from pipeline.job import Job, job_from_dict
+from pipeline.job import Job, OutputSection, job_from_dict
 from pipeline.prefix_plan import ROW_BITS, PlannedRow, Slice, plan_shard
-from pipeline.shards import Shard, ShardError
+from pipeline.pricing import Price
+from pipeline.results import publish_answers
+from pipeline.shards import Shard, ShardError, list_shards
+from pipeline.shared_slices import publish_shared_slice, read_shared_slices
+from pipeline.slices import SliceTimes, slice_table
 from pipeline.storage import Storage
 
 PRINT = "f" * 64
@@ -282,6 +287,80 @@ def test_shards_may_have_different_other_columns():
     ]
     manifest = plan_corpus(make_job(), PRINT, shards, storage := new_output(), Letters())
     assert [text_of(row) for _, row in rows_of(slices_of(storage, manifest))] == ["x", "y"]
+
+
+def test_shards_may_be_batch_files_whose_lines_have_several_prompts(tmp_path):
+    def line(number: int, **body: Any) -> str:
+        body = {"model": "m", "temperature": 0, "max_tokens": 3, **body}
+        return json.dumps({"custom_id": str(number), "method": "POST", "url": "/v1/completions", "body": body})
+
+    for name in ("a", "b"):
+        lines = [line(0, prompt="xy"), line(1, prompt=["x", "xyz"]), line(2, prompt="xy", max_tokens=4), "no JSON"]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    job = job_from_dict(
+        {
+            "input": {"path": str(tmp_path), "format": "openai_batch"},
+            "model": "m",
+            "engine": {"max_model_len": 50},
+            "output": {"path": "out"},
+        }
+    )
+    manifest = plan_corpus(job, PRINT, list_shards(job).good, storage := new_output(), Letters())
+    (piece,) = slices_of(storage, manifest)
+    assert (manifest.totals.num_rows, manifest.totals.num_error_rows) == (8, 2)
+    assert sorted(places(piece, piece.row_indices)) == [(name, row) for name in "ab" for row in range(4)]
+    folded = {(piece.shards[row.shard_index], row.row_index): places(piece, row.duplicates) for row in piece.rows}
+    assert {place: others for place, others in folded.items() if others} == {("a", 0): [("b", 0)], ("a", 2): [("b", 2)]}
+    requests = [request.request_id for request in piece.requests(job.sampling)]
+    assert len(set(requests)) == len(requests) == 2 + 2 * 2, "a line of two prompts is two requests, and never folded"
+
+
+@settings(max_examples=25, deadline=None)
+@given(CORPORA, st.sampled_from([0.0, 1.0]), st.floats(0, 10))
+def test_any_corpus_comes_back_shard_by_shard_row_by_row_and_to_the_last_second(corpus, temperature, idle_s):
+    output = new_output()
+    job = make_job(
+        sampling={"temperature": temperature},
+        plan={"slice_tokens": 60, "max_rows_per_slice": 5},
+        engine={"max_model_len": 30},
+    ).model_copy(update={"output": OutputSection(path=output.uri)})
+    shards = write_shards(corpus)
+    manifest = plan_corpus(job, PRINT, shards, output, Letters(), **SMALL)
+    paths, spent = [], 0.0
+    for piece in slices_of(output, manifest):
+        completions = [answer(row) for row in piece.rows]
+        spent += sum(completion.usage.device_seconds for completion in completions)
+        table = slice_table(job.sampling, piece.rows, completions, Price(3600.0, ""))
+        name = manifest.slice_name(piece.index)
+        times = SliceTimes(idle_s=idle_s, usd_per_device_hour=3600.0)
+        times.achievable_prefix_tokens = piece.achievable_prefix_tokens
+        publish_shared_slice(output, piece, name, table, times, {})
+        paths.append(name.path(CORPUS))
+    names = [shard.name for shard in shards]
+    found = read_shared_slices(job.sampling, output, paths, names)
+    metrics = [publish_answers(job, shard, output, *found[shard.name], PRINT, 0.0) for shard in shards]
+    for shard, prompts in zip(shards, corpus):
+        with output.open_input(f"results/{shard.name}.parquet") as file:
+            results = pq.ParquetFile(file).read().to_pylist()
+        assert [row["prompt"] for row in results] == list(prompts)
+        for row in results:
+            is_good = bool(row["prompt"]) and len(row["prompt"]) < 30
+            assert row["response"] == (row["prompt"][::-1] if is_good else None) and (row["error"] is None) == is_good
+    assert sum(one.device_seconds for one in metrics) == pytest.approx(spent, rel=1e-12)
+    assert sum(one.idle_seconds for one in metrics) == pytest.approx(idle_s * len(manifest.slices), rel=1e-12)
+    assert sum(one.achievable_prefix_tokens for one in metrics) == manifest.totals.achievable_prefix_tokens
+    duplicates = manifest.totals.num_duplicates_within + manifest.totals.num_duplicates_across
+    assert sum(one.rows_duplicate for one in metrics) == duplicates
+    assert sum(one.rows_error for one in metrics) == manifest.totals.num_error_rows
+
+
+def answer(row: PlannedRow) -> Completion:
+    """The prompt backwards, in a time that only this prompt takes."""
+    if row.error is not None:
+        return Completion(str(row.key), error=row.error)
+    tokens = len(row.prompt_token_ids)
+    usage = Usage(prompt_tokens=tokens, completion_tokens=1, device_seconds=1 / (3 + tokens))
+    return Completion(str(row.key), [Output(0, text_of(row)[::-1], [1], "stop", -0.5)], usage)
 
 
 # --- a saved plan ---------------------------------------------------------------------------------------------------
