@@ -63,7 +63,8 @@ def read_lines(file: BinaryIO, *, is_gzip: bool = False) -> Iterator[RawLine]:
     except (EOFError, zlib.error) as error:
         raise OSError(f"the gzip file is damaged or cut off: {error}") from error
     finally:
-        buffered.detach()  # the file is its owner's to close
+        if not file.closed:
+            buffered.detach()  # the file is its owner's to close
 
 
 def _split(source: Any) -> Iterator[RawLine]:

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
+from jobs.endpoint.batch_routes import Batches, add_batch_routes, upload_limits
 from jobs.endpoint.endpoint import Endpoint, no_such_model
 from jobs.endpoint.gate import Counted, Gate, respond
 from pipeline.openai_api.errors import ApiError, error_of_fields
@@ -37,9 +38,15 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def make_app(endpoint: Endpoint, digests: tuple[str, ...]) -> Any:
     """The ASGI application. `digests`: of the API keys; none: everybody may ask."""
 
+    batches = Batches(endpoint)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if batches.runner is not None:
+            batches.runner.start()
         yield
+        if batches.runner is not None:
+            await batches.runner.stop()
         endpoint.desk.is_closing = True
         await asyncio.to_thread(endpoint.close)
 
@@ -48,12 +55,15 @@ def make_app(endpoint: Endpoint, digests: tuple[str, ...]) -> Any:
     )
     bearer = [Depends(HTTPBearer(auto_error=False))] if digests else []
     _add_openai_routes(app, endpoint, bearer)
+    add_batch_routes(app, batches, bearer)
     _add_operator_routes(app, endpoint, bearer)
     app.add_exception_handler(ApiError, _answer_api_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _answer_invalid_body)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _answer_http_error)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _answer_bug)
-    return Counted(Gate(app, limits=endpoint.config.limits, digests=digests), endpoint.desk.metrics)
+    config = endpoint.config
+    gate = Gate(app, limits=config.limits, digests=digests, uploads=upload_limits(config.limits, config.batches))
+    return Counted(gate, endpoint.desk.metrics)
 
 
 def _add_openai_routes(app: FastAPI, endpoint: Endpoint, bearer: list[Any]) -> None:
@@ -102,7 +112,8 @@ async def _answer_invalid_body(http: Request, error: RequestValidationError) -> 
     mistakes = error.errors()
     if mistakes and mistakes[0]["type"] == "json_invalid":
         return respond(ApiError(400, "the body is not valid JSON", code="invalid_json"))
-    return respond(error_of_fields(mistakes, prefix=("body",)))
+    place = str(mistakes[0]["loc"][0]) if mistakes else "body"  # or query
+    return respond(error_of_fields(mistakes, prefix=(place,)))
 
 
 async def _answer_http_error(http: Request, error: HTTPException) -> Response:

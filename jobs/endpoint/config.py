@@ -62,6 +62,25 @@ class ReplicaSection(_Section):
         return self
 
 
+class BatchSection(_Section):
+    """/v1/files and /v1/batches. What they hold outlives the endpoint, so they need a place for it."""
+
+    storage: Annotated[
+        str | None, Field(description="folder, local or any fsspec URI, of this endpoint alone; none: no batches")
+    ] = None
+    max_file_bytes: Annotated[int, Field(ge=1024, description="of one file")] = 200 << 20
+    max_requests: Annotated[int, Field(ge=1, description="lines of one batch")] = 50_000
+    max_storage_bytes: Annotated[int, Field(ge=1024, description="of all files; beyond them no uploads")] = 20 << 30
+    upload_timeout_s: Annotated[float, Field(gt=0, description="for a whole file to arrive")] = 600.0
+    keep_s: Annotated[
+        float, Field(ge=3600, description="until files expire that say nothing of it, and batches are forgotten")
+    ] = 30 * 86400.0
+    max_num_seqs: Annotated[
+        int | None,
+        Field(ge=1, description="completions of batches that run at once; default: half of engine.max_num_seqs"),
+    ] = None
+
+
 class EndpointConfig(_Section):
     """One model, online."""
 
@@ -81,6 +100,7 @@ class EndpointConfig(_Section):
     access: AccessSection = AccessSection()
     limits: RequestLimits = RequestLimits()
     replicas: ReplicaSection = ReplicaSection()
+    batches: BatchSection = BatchSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -99,6 +119,11 @@ class EndpointConfig(_Section):
             raise ValueError(
                 f"limits.max_choices={self.limits.max_choices} would never find room beside "
                 f"engine.max_num_seqs={self.engine.max_num_seqs} and limits.max_queue={self.limits.max_queue}; lower it"
+            )
+        if self.batches.storage is not None and self.replicas.min == 0:
+            raise ValueError(
+                "batches.storage is set and replicas.min is 0: an engine that ends while nobody asks would leave "
+                "batches undone; set replicas.min: 1, or leave batches out"
             )
         return self
 
@@ -129,18 +154,26 @@ class EndpointConfig(_Section):
         engine = self.engine.model_copy(
             update={"model": model, "tokenizer": tokenizer, "speculative_config": speculative}
         )
-        return self.model_copy(update={"model": model, "engine": engine, "served_model_name": self.name})
+        batches = self.batches
+        if batches.storage is not None:
+            batches = batches.model_copy(update={"storage": absolute_uri(batches.storage, here)})
+        return self.model_copy(
+            update={"model": model, "engine": engine, "served_model_name": self.name, "batches": batches}
+        )
 
 
 def load_endpoint(path: str | None, settings: Mapping[str, Any], overrides: Sequence[str] = ()) -> EndpointConfig:
     """Read an endpoint's file, if any, and lay `settings` and `key.subkey=value` overrides over it; JobError if the
-    result is not valid. A relative model in the file is relative to the file."""
+    result is not valid. A relative model, or storage of batches, in the file is relative to the file."""
     data: dict[str, Any] = {}
     if path is not None:
         data = read_yaml(path)
         base = Path(path).absolute().parent
         if isinstance(data.get("model"), str) and data["model"] not in NAMED_MODELS:
             data["model"] = absolute_uri(data["model"], base)
+        batches = data.get("batches")
+        if isinstance(batches, dict) and isinstance(batches.get("storage"), str):
+            data["batches"] = {**batches, "storage": absolute_uri(batches["storage"], base)}
     data = merge_settings(data, settings)
     for override in overrides:
         data = merge_settings(data, parse_override(override))

@@ -1,10 +1,12 @@
 """Where requests meet the engine: admitted while there is room, answered whole or as a stream, counted, given back.
+Requests of batches come in by the back door: they wait for places that clients leave free.
 
 Knows no HTTP; `jobs.endpoint.app` turns its errors into responses.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import time
@@ -17,6 +19,7 @@ from jobs.endpoint.metrics import Metrics
 from pipeline.openai_api.errors import ApiError, error_of_row
 
 _MAX_RETRY_AFTER_S = 60
+_LOOK_AGAIN_S = 0.02
 
 
 class Worker(Protocol):
@@ -37,13 +40,17 @@ class Worker(Protocol):
 
 
 class Desk:
-    """One worker and the places in it: `num_places` completions may run or wait, `num_running` of them run."""
+    """One worker and the places in it: `num_places` completions may run or wait, `num_running` of them run. Of these
+    batches have `max_background` at most."""
 
-    def __init__(self, worker: Worker, *, num_places: int, num_running: int) -> None:
+    def __init__(self, worker: Worker, *, num_places: int, num_running: int, max_background: int = 1) -> None:
         self.worker = worker
         self.metrics = Metrics(worker.load, worker.stats)
         self.is_closing = False
         self.num_taken = 0
+        self.num_background = 0
+        self.max_background = max_background
+        self._background_turn = asyncio.Lock()
         self._num_places = num_places
         self._num_running = num_running
         self._usual_s = 1.0
@@ -78,10 +85,49 @@ class Desk:
                             raise error_of_row(event.error)
                     yield event
 
-    @contextlib.contextmanager
-    def _places(self, requests: list[Request]) -> Iterator[None]:
+    async def enter_background(self, requests: list[Request]) -> int:
+        """Wait for places for a batch's request and take them; returns how many, for `leave_background`. ApiError 503
+        if there will be none."""
+        num_wanted = sum(request.sampling.n for request in requests)
+        async with self._background_turn:
+            while not self._has_background_room(num_wanted):
+                await asyncio.sleep(_LOOK_AGAIN_S)
+            self._refuse_in_trouble()
+            self.num_background += num_wanted
+        return num_wanted
+
+    def leave_background(self, num_places: int) -> None:
+        self.num_background -= num_places
+
+    async def answer_in_background(self, requests: list[Request]) -> list[Completion]:
+        """As `answer`, in places that `enter_background` has taken."""
+        self._refuse_in_trouble()
+        with _engine_errors():
+            completions = await self.worker.generate(requests)
+        for completion in completions:
+            self.metrics.note(completion, is_online=False)
+        for completion in completions:
+            if completion.error is not None:
+                raise error_of_row(completion.error)
+        return completions
+
+    def _has_background_room(self, num_wanted: int) -> bool:
+        if self.trouble is not None:
+            return True  # for the refusal
+        if self.num_background == 0:  # one is always let in, however many completions it asks for
+            return self.num_taken < self._num_running
+        load = self.worker.load()
+        if 2 * load.num_pages_in_use > load.num_pages:
+            return False
+        return self.num_background + num_wanted <= min(self.max_background, self._num_running - self.num_taken)
+
+    def _refuse_in_trouble(self) -> None:
         if self.trouble is not None:
             raise ApiError(503, self.trouble, code="unavailable", headers={"Retry-After": "5"})
+
+    @contextlib.contextmanager
+    def _places(self, requests: list[Request]) -> Iterator[None]:
+        self._refuse_in_trouble()
         num_wanted = sum(request.sampling.n for request in requests)
         if self.num_taken + num_wanted > self._num_places:
             wait_s = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self._usual_s * self.num_taken / self._num_running)))

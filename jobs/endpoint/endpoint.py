@@ -24,6 +24,7 @@ from jobs.endpoint.desk import Desk
 from jobs.endpoint.streams import Events, EventStream, write_chunks
 from pipeline.job import identify_model
 from pipeline.openai_api.answers import ChatAnswer, TextAnswer
+from pipeline.openai_api.batch_lines import read_requests
 from pipeline.openai_api.errors import ApiError
 from pipeline.openai_api.fields import ChatRequest, CompletionRequest, SamplingFields, ignored_fields
 from pipeline.openai_api.reading import RequestReader
@@ -61,9 +62,8 @@ class Endpoint:
     async def complete(self, body: ChatRequest | CompletionRequest, http: Request) -> Response:
         """Answer one request, whole or as a stream; ApiError for whatever is wrong with it."""
         headers = self._check(body)
-        requests = await asyncio.get_running_loop().run_in_executor(self._thread, self._read, body)
-        kind = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
-        answer = kind(self.config.name, self._fingerprint)
+        requests = await self.read(body)
+        answer = self.new_answer(body)
         if not body.stream:
             completions = await self._unless_gone(http, self.desk.answer(requests))
             return JSONResponse(answer.whole(completions), headers=headers)
@@ -73,6 +73,15 @@ class Endpoint:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         chunks = write_chunks(answer, requests, first, events, self._detokenizer, include_usage=include_usage)
         return EventStream(chunks, events, headers)
+
+    async def read(self, body: ChatRequest | CompletionRequest) -> list[EngineRequest]:
+        """The engine's requests for a body; ApiError for what is wrong with it."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, read_requests, self._reader, body)
+
+    def new_answer(self, body: ChatRequest | CompletionRequest) -> ChatAnswer | TextAnswer:
+        """The writer of this request's answer."""
+        kind = ChatAnswer if isinstance(body, ChatRequest) else TextAnswer
+        return kind(self.config.name, self._fingerprint)
 
     def about_model(self) -> dict[str, Any]:
         """What /v1/models says."""
@@ -88,9 +97,6 @@ class Endpoint:
         """End the engine and its threads."""
         self._thread.shutdown()
         self.desk.worker.close()
-
-    def _read(self, body: ChatRequest | CompletionRequest) -> list[EngineRequest]:
-        return self._reader.read_chat(body) if isinstance(body, ChatRequest) else self._reader.read_completion(body)
 
     def _check(self, body: SamplingFields) -> dict[str, str]:
         """Whatever can be checked without a tokenizer; returns headers for the response."""
@@ -121,7 +127,12 @@ class Endpoint:
 def open_endpoint(config: EndpointConfig) -> Endpoint:
     """Load the model and the tokenizer of resolved settings; ValueError for what is wrong with them."""
     worker = EngineWorker(config.engine)
-    desk = Desk(worker, num_places=config.num_places, num_running=config.engine.max_num_seqs)
+    desk = Desk(
+        worker,
+        num_places=config.num_places,
+        num_running=config.engine.max_num_seqs,
+        max_background=config.batches.max_num_seqs or max(1, config.engine.max_num_seqs // 2),
+    )
     max_model_len = worker.engine.max_model_len
     limits = config.limits
     reader = RequestReader(

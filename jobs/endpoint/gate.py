@@ -6,6 +6,8 @@ Plain ASGI, so that a stranger's body is not even read. Knows no models and no p
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -20,11 +22,20 @@ OPEN_ROUTES = ("/health", "/ready")
 
 
 class Gate:
-    """Wraps an ASGI application. `digests`: of the keys that may pass; none: everybody may."""
+    """Wraps an ASGI application. `digests`: of the keys that may pass; none: everybody may. `uploads`: the limits of
+    routes that take larger bodies."""
 
-    def __init__(self, app: Any, *, limits: RequestLimits, digests: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        *,
+        limits: RequestLimits,
+        digests: tuple[str, ...],
+        uploads: Mapping[str, RequestLimits] = MappingProxyType({}),
+    ) -> None:
         self._app = app
         self._limits = limits
+        self._uploads = uploads
         self._digests = digests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,20 +46,20 @@ class Gate:
         if error is not None:
             await respond(error)(scope, receive, send)
             return
-        await self._app(scope, _LimitedBody(receive, self._limits).receive, send)
+        await self._app(scope, _LimitedBody(receive, self._limits_of(scope)).receive, send)
+
+    def _limits_of(self, scope: Scope) -> RequestLimits:
+        return self._uploads.get(scope["path"], self._limits)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
+        error = key_error(scope, self._digests)
+        if error is not None:
+            return error
         headers = dict(scope["headers"])
-        if self._digests and scope["path"] not in OPEN_ROUTES:
-            scheme, _, key = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
-            if scheme.lower() != "bearer" or not is_known(key.strip(), self._digests):
-                what = "is not one of this server's" if key else "is missing: send Authorization: Bearer KEY"
-                return ApiError(
-                    401, f"the API key {what}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
-                )
         length = headers.get(b"content-length", b"0").decode("latin-1")
-        if length.isdecimal() and int(length[:20]) > self._limits.max_body_bytes:
-            return too_large(self._limits)
+        limits = self._limits_of(scope)
+        if length.isdecimal() and int(length[:20]) > limits.max_body_bytes:
+            return too_large(limits)
         return None
 
 
@@ -67,6 +78,17 @@ class Counted:
             await send(message)
 
         await self._app(scope, receive, note if scope["type"] == "http" else send)
+
+
+def key_error(scope: Scope, digests: tuple[str, ...]) -> ApiError | None:
+    """Why a request does not get in, None if it does. `digests`: of the keys; none: everybody may."""
+    if not digests or scope["path"] in OPEN_ROUTES:
+        return None
+    scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() == "bearer" and is_known(key.strip(), digests):
+        return None
+    what = "is not one of this server's" if key else "is missing: send Authorization: Bearer KEY"
+    return ApiError(401, f"the API key {what}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def too_large(limits: RequestLimits) -> ApiError:

@@ -36,14 +36,16 @@ class Metrics:
             "inter_token_seconds", "Mean of a prompt's tokens after the first", _BETWEEN_TOKENS_S
         )
 
-    def note(self, completion: Completion) -> None:
-        """Count what one prompt took."""
+    def note(self, completion: Completion, *, is_online: bool = True) -> None:
+        """Count what one prompt took; a batch's has no part in how long clients wait."""
         usage = completion.usage
         if completion.error is not None:
             self._row_errors.labels(completion.error.kind).inc()
         self._prompt_tokens.inc(usage.prompt_tokens)
         self._cached_tokens.inc(usage.cached_tokens)
         self._completion_tokens.inc(usage.completion_tokens)
+        if not is_online:
+            return
         if usage.time_to_first_token_s is not None:
             self._first_token_s.observe(usage.time_to_first_token_s)
         if usage.inter_token_s is not None:
