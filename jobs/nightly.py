@@ -246,7 +246,7 @@ class _Nightly:
         if self.settings.remove_vanished and work.vanished:
             for shard in work.vanished:
                 remove_results(self.output, shard)
-            self._note(f"removed the results of {len(work.vanished)} shards whose input is gone")
+            self._note(f"removed the results of shards whose input is gone: {len(work.vanished)}")
 
     def _add_quality(self) -> None:
         """What the run's own check has measured, tonight or when the job was new."""

@@ -29,18 +29,18 @@ def describe_work(
     """What a night finds, in lines."""
     num_rows = sum(shard.num_rows for shard in [*new, *changed])
     lines = [
-        f"{len(new)} new shards and {len(changed)} changed ones with {num_rows:,} rows; "
-        f"{len(published)} are answered already"
+        f"to answer: {len(new)} new and {len(changed)} changed shards with {num_rows:,} rows; "
+        f"done before: {len(published)}"
     ]
     if changed:
         lines.append(f"changed: {_named([shard.name for shard in changed])}")
     if vanished:
         lines.append(
-            f"{len(vanished)} shards have results and no input any more: {_named(vanished)}; "
-            "their results stay, unless --remove-vanished"
+            f"gone from the input: {_named(vanished)}, {len(vanished)} in all; their results stay, "
+            "unless --remove-vanished"
         )
     if bad:
-        lines.append(f"{len(bad)} files cannot be used: {_named([name for name, _ in bad])}")
+        lines.append(f"cannot be used: {_named([name for name, _ in bad])}, {len(bad)} in all")
     return lines
 
 

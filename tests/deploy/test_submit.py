@@ -109,7 +109,7 @@ def test_a_second_try_of_a_date_finds_nothing_new(
     write_corpus({"a": ["one", "two"]})
     command = ["bash", "deploy/jobs/submit.sh", str(write_job())]
     env = {name: value for name, value in head.env.items() if name != "NIGHT"} | {"WORKING_DIR": "."}
-    for words in (r"1 new shards", r"nothing new; last success"):
+    for words in (r"to answer: 1 new", r"nothing new; last success"):
         done = subprocess.run(command, cwd=head.checkout, env=env, capture_output=True, text=True, timeout=240)
         assert done.returncode == 0, done.stdout + done.stderr
         assert words in done.stdout

@@ -62,15 +62,15 @@ def test_each_night_answers_what_is_new_or_changed_and_vanished_shards_keep_thei
     job, workers = str(write_job()), fake_workers()
     assert nightly(job, [], new_worker=workers) == 0
     assert sorted(workers.asked()) == ["a/0", "a/1", "b/0"]
-    assert "2 new shards and 0 changed ones with 3 rows" in capsys.readouterr().out
+    assert "2 new and 0 changed shards with 3 rows" in capsys.readouterr().out
 
     write_corpus({"b": ["four", None], "c": ["five"]})
     (folder / "a.parquet").unlink()
     assert nightly(job, [], new_worker=workers) == 0
     said = capsys.readouterr().out
     assert sorted(workers.asked()[3:]) == ["b/0", "c/0"]
-    assert "1 new shards and 1 changed ones with 3 rows" in said and "changed: b" in said
-    assert "1 shards have results and no input any more: a; their results stay, unless --remove-vanished" in said
+    assert "1 new and 1 changed shards with 3 rows" in said and "changed: b" in said
+    assert "gone from the input: a, 1 in all; their results stay, unless --remove-vanished" in said
     answers = {name: table["response"].to_pylist() for name, table in read_results(output).items()}
     assert answers == {
         "a": [answer_to("one"), answer_to("two")],
@@ -87,7 +87,11 @@ def test_each_night_answers_what_is_new_or_changed_and_vanished_shards_keep_thei
     assert (first.shards_new, first.rows, first.rows_error, first.shards_published) == (2, 3, 0, 2)
     assert (second.shards_new, second.shards_changed, second.shards_vanished) == (1, 1, 1)
     assert (second.rows, second.rows_error, second.outcome) == (3, 1, SUCCESS)
-    assert third.outcome == NOTHING_NEW and third.rows == 0 and "removed the results of 1 shards" in third.notes[0]
+    assert (
+        third.outcome == NOTHING_NEW
+        and third.rows == 0
+        and "removed the results of shards whose input is gone: 1" in third.notes[0]
+    )
     assert first.cost_usd > 0 and first.versions["shoal"] and first.fingerprint == load_job(job).resolve().fingerprint()
 
 
@@ -345,7 +349,7 @@ def test_a_dry_run_says_what_is_new_and_its_price_and_writes_nothing(
     job = str(write_job())
     assert foretell(job, []) == 0
     said = capsys.readouterr().out
-    assert "1 new shards and 0 changed ones with 40 rows" in said and "prompt tokens" in said
+    assert "1 new and 0 changed shards with 40 rows" in said and "prompt tokens" in said
     assert "no device time without a night before" in said and not (tmp_path / "out").exists()
     assert nightly(job, []) == 0  # the real engine, which leaves its device's step times
     write_corpus({"b": [f"question {i}" for i in range(20)]})
@@ -353,7 +357,7 @@ def test_a_dry_run_says_what_is_new_and_its_price_and_writes_nothing(
     capsys.readouterr()
     assert foretell(job, []) == 0
     said = capsys.readouterr().out
-    assert "1 new shards and 0 changed ones with 20 rows; 1 are answered already" in said
+    assert "to answer: 1 new and 0 changed shards with 20 rows; done before: 1" in said
     assert "at the price of the last 1 nights: $" in said
     assert "of device time, " in said and "answers of 8 tokens as in the nights before" in said
     assert {file.path: file.etag for file in output.list()} == before
