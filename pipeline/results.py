@@ -69,7 +69,15 @@ class ShardMetrics:
     again. `device_seconds` and `cost_usd` are the rows'; load and idle, with their cost in `overhead_usd`, are what
     the workers did besides while this shard's slices were being published. So are `num_verify_steps`, `drafters`,
     their failures and the estimate of what they saved: all that the workers' drafters did meanwhile, for whichever
-    shard; over the run they are the whole.
+    shard; over the run they are the whole. Of a slice with rows of several shards each has its share of all that, in
+    proportion to its rows' device seconds; in `num_slices` it counts for each of them.
+
+    `achievable_prefix_tokens` is what the prompts of one plan (the shard, or with `plan.scope: corpus` its share of the
+    corpus) have in common: each distinct beginning computed once, by a single engine that forgets nothing. With one
+    engine and one plan, cached tokens are at most that. They can be more where engines outlive a plan (shards that
+    are planned apart and begin alike, a run that is repeated) or where a prompt quotes an answer. They are fewer where
+    several engines compute the same beginning, where a row was tried again, and by `evicted_prefix_tokens`: prompt
+    tokens that the same engine had computed before, and had no pages to keep.
     """
 
     shard: str
@@ -85,6 +93,7 @@ class ShardMetrics:
     duplicate_prompt_tokens: int
     duplicate_completion_tokens: int
     achievable_prefix_tokens: int
+    evicted_prefix_tokens: int
     num_slices: int
     attempts: int
     wall_seconds: float
@@ -312,6 +321,7 @@ def _measure(
         duplicate_prompt_tokens=of_duplicates("prompt_tokens"),
         duplicate_completion_tokens=of_duplicates("completion_tokens"),
         achievable_prefix_tokens=achievable,
+        evicted_prefix_tokens=sum(t.evicted_prefix_tokens for t in times),
         num_slices=len(times),
         attempts=max((t.attempts for t in times), default=0),
         wall_seconds=_wall_seconds(times),

@@ -90,10 +90,12 @@ def split_times(times: SliceTimes, weights: Sequence[float], achievable: Sequenc
     whole. What is no amount (when, where, how often tried, the price) is the same for all."""
     seconds: dict[str, Any] = {name: _split_float(getattr(times, name), weights) for name in _SECONDS}
     drafts = _split_drafts(times.drafts, weights)
+    evicted = split_exactly(times.evicted_prefix_tokens, weights)
     return [
         replace(
             times,
             achievable_prefix_tokens=achievable[i],
+            evicted_prefix_tokens=evicted[i],
             drafts=drafts[i],
             **{name: parts[i] for name, parts in seconds.items()},
         )
@@ -186,8 +188,11 @@ def _read_one(
     # A slice of nothing but error rows has taken no time on the device: what it took besides is split by rows.
     seconds, own_rows = shards["device_seconds"], shards["own_rows"]
     times = split_times(times_of(own), seconds if sum(seconds) > 0 else own_rows, shards["achievable_prefix_tokens"])
-    found = {}
-    for number in numbers:
-        start, end = np.searchsorted(shard_N, [number, number + 1])
-        found[shards["names"][number]] = table.slice(start, end - start), times[number]
+    bounds = [np.searchsorted(shard_N, [number, number + 1]) for number in numbers]
+    # Copied: a part of a table keeps all of it in memory, with the rows of all the shards that nobody asked for.
+    copied = table.take(pa.array(np.concatenate([np.arange(*pair) for pair in bounds]), pa.int64()))
+    found, start = {}, 0
+    for number, (first, end) in zip(numbers, bounds):
+        found[shards["names"][number]] = copied.slice(start, end - first), times[number]
+        start += int(end - first)
     return found

@@ -41,6 +41,7 @@ _SUMS = (
     "accepted_tokens",
     "device_seconds",
     "num_preemptions",
+    "evicted_tokens",
 )
 
 MAX_SAVE_WAIT_S = 5.0
@@ -148,6 +149,7 @@ class SliceRunner:
         completions = await self._answer(slice_, attempt)
         table = await asyncio.to_thread(slice_table, self._spec.job.answer_shape, slice_.rows, completions, self._price)
         times = self._times(slice_, attempt, started_at)
+        times.evicted_prefix_tokens = sum(completion.usage.evicted_tokens for completion in completions)
         summary = _summarise(slice_, completions, times, self._answerer.num_rebuilds, self._price.cost_usd(1.0))
         started_writing = time.perf_counter()
         await asyncio.to_thread(_publish, self._output, slice_, name, table, times, summary)

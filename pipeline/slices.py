@@ -123,6 +123,7 @@ class SliceTimes:
     usd_per_device_hour: float = 0.0
     price_source: str = ""
     achievable_prefix_tokens: int = 0
+    evicted_prefix_tokens: int = 0
     drafts: DraftCounts = field(default_factory=DraftCounts)
     notes: list[str] = field(default_factory=list)
 
