@@ -49,6 +49,7 @@ from pipeline.progress import Progress, Tally, bill_table, new_console
 from pipeline.prompts import Renderer
 from pipeline.quality_gate import check_quality, keep_measured
 from pipeline.results import passthrough_columns, published_shards
+from pipeline.scope import choose_scope
 from pipeline.shards import Shard, ShardList, list_shards, open_shard
 from pipeline.slice_runner import RunSpec, max_actors
 from pipeline.slices import drop_damaged, list_slices
@@ -122,8 +123,13 @@ def run(
     say_prediction(job, shards.good, todo, output, say)
     stop = None
     if todo:
+        choice = choose_scope(job, shards.good, todo)
+        if len(todo) > 1:
+            say(choice.describe())
+        record.scope = choice.scope
+        corpus = shards.good if choice.scope == "corpus" else None
         output.remove("_SUCCESS")
-        stop = _answer(spec, todo, tally, record, console, onlooker)
+        stop = _answer(spec, todo, corpus, tally, record, console, onlooker)
     exit_code = _finish(output, job, shards, tally, record, stop, console, had_work=bool(todo))
     if onlooker is not None:
         onlooker.close(record)
@@ -133,16 +139,17 @@ def run(
 def _answer(
     spec: RunSpec,
     todo: Sequence[Shard],
+    corpus: Sequence[Shard] | None,
     tally: Tally,
     record: RunRecord,
     console: Console,
     onlooker: Onlooker | None,
 ) -> Stop | None:
-    """Run the graph until all is done or something stops it."""
+    """Run the graph until all is done or something stops it. corpus: of `Graph`."""
     is_ours = start_ray()
     try:
         check_pool_fits(spec.job)
-        graph = Graph(spec, todo, drop_damaged(spec.output, list_slices(spec.output)))
+        graph = Graph(spec, todo, drop_damaged(spec.output, list_slices(spec.output)), corpus)
         with _signals() as signals, Progress(console, tally) as progress:
             try:
                 stop = _watch(graph, tally, spec.job, signals, progress, onlooker)
@@ -282,6 +289,7 @@ def _summary(job: Job, bill: Bill) -> str:
 
 def _close_accounts(graph: Graph, record: RunRecord) -> None:
     ends = graph.close_accounts()
+    record.recomputed_prefix_tokens = graph.recomputed_tokens
     record.held_s = math.fsum(end.held_s for end in ends)
     record.after_slices = WorkerTime(
         idle_s=math.fsum(end.idle_s for end in ends),
@@ -298,6 +306,7 @@ def _start_tally(output: Storage, shards: ShardList, todo: Sequence[Shard], limi
         rows_done=sum(shard.num_rows for shard in published),
         num_shards=len(shards.good) + len(shards.bad),
         shards_done=len(published),
+        published=frozenset(shard.name for shard in published),
     )
     if limits.max_error_fraction < 1.0 and published:
         names = {shard.name for shard in published}

@@ -32,8 +32,9 @@ _COLUMNS_OF_LATER_VERSIONS: dict[str, Any] = {
     "num_drafter_failures": 0,
     "saved_by_speculation_seconds": 0.0,
     "drafters": [],
+    "evicted_prefix_tokens": 0,
 }
-"""What metrics from before there was speculation lack; they are read all the same."""
+"""What metrics of earlier versions lack; they are read all the same."""
 
 
 class LedgerError(AssertionError):
@@ -55,7 +56,11 @@ class WorkerTime:
 
 @dataclass(slots=True)
 class RunRecord:
-    """One run over an output, written when it ends, however it ends short of being killed."""
+    """One run over an output, written when it ends, however it ends short of being killed.
+
+    scope: what was planned together. recomputed_prefix_tokens: of prompts, computed by several actors each, since a
+    corpus' prefix order was shared out among them; where scope is `shard` that is not known.
+    """
 
     run: str
     started_at: float
@@ -65,6 +70,8 @@ class RunRecord:
     num_slices_computed: int = 0
     num_slices_found: int = 0
     num_engine_rebuilds: int = 0
+    scope: str = "shard"
+    recomputed_prefix_tokens: int = 0
     held_s: float = 0.0
     after_slices: WorkerTime = field(default_factory=WorkerTime)
     notes: list[str] = field(default_factory=list)
@@ -97,6 +104,8 @@ class Bill:
     duplicate_prompt_tokens: int = 0
     duplicate_completion_tokens: int = 0
     achievable_prefix_tokens: int = 0
+    recomputed_prefix_tokens: int = 0
+    evicted_prefix_tokens: int = 0
     device_seconds: float = 0.0
     busy_s: float = 0.0
     load_s: float = 0.0
@@ -161,6 +170,8 @@ def add_up(metrics: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> Bill
     bill = Bill(num_shards=len(metrics), rows=total("rows_in"), num_runs=len(runs))
     for column in same:
         setattr(bill, column, total(column))
+    bill.recomputed_prefix_tokens = sum(run.recomputed_prefix_tokens for run in runs)
+    bill.evicted_prefix_tokens = total("evicted_prefix_tokens")
     bill.busy_s = exact("device_seconds")
     bill.load_s = exact("load_seconds")
     bill.idle_s = math.fsum([exact("idle_seconds"), *(run.after_slices.idle_s for run in runs)])

@@ -220,7 +220,9 @@ def bill_table(bill: Bill, place: str, in_progress: InProgress | None = None) ->
         table.add_row("", f"and {in_progress.rows:,} in {in_progress.num_slices} slices of unfinished shards")
     table.add_row("tokens", f"{bill.prompt_tokens:,} prompt, {bill.completion_tokens:,} completion")
     table.add_row(
-        "prefix hits", f"{percent(bill.prefix_hit_rate)} of {percent(bill.prefix_hit_rate_achievable)} achievable"
+        "prefix hits",
+        f"{percent(bill.prefix_hit_rate)} of {percent(bill.prefix_hit_rate_achievable)} achievable"
+        + _describe_lost(bill),
     )
     if bill.has_drafts:
         table.add_row("speculation", _describe_speculation(bill))
@@ -273,6 +275,18 @@ def predicted_table(plan: Plan, bill: Bill) -> Table:
             low, high = ("" if x is None or x == figure.value else show(x) for x in (figure.low, figure.high))
             table.add_row(name, show(figure.value), low, high, show(actual))
     return table
+
+
+def _describe_lost(bill: Bill) -> str:
+    """Why there were fewer hits than could be. What is neither: begun while another row computed its prefix, a part of
+    a page, or slices of a shard that several actors answered."""
+    lost = bill.achievable_prefix_tokens - (bill.cached_tokens - bill.duplicate_prompt_tokens)
+    if lost <= 0:
+        return ""
+    by_actors = min(lost, bill.recomputed_prefix_tokens)
+    evicted = min(lost - by_actors, bill.evicted_prefix_tokens)
+    known = [(by_actors, "computed by several actors"), (evicted, "evicted"), (lost - by_actors - evicted, "otherwise")]
+    return f"; {lost:,} tokens lost: " + ", ".join(f"{tokens:,} {why}" for tokens, why in known if tokens)
 
 
 def count(value: float) -> str:
