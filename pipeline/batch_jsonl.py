@@ -71,14 +71,15 @@ def _split(source: Any) -> Iterator[RawLine]:
     number = 0
     while data := source.readline(MAX_LINE_BYTES + 1):
         number += 1
-        if len(data) > MAX_LINE_BYTES and not data.endswith(b"\n"):
+        is_cut = len(data) > MAX_LINE_BYTES and not data.endswith(b"\n")
+        if is_cut:
             rest = source.readline(_SKIP_BYTES)
             while rest and not rest.endswith(b"\n"):
                 rest = source.readline(_SKIP_BYTES)
         if number == 1:
             data = data.removeprefix(_BOM)
         if not data.isspace() and data:
-            yield RawLine(number, data.rstrip(b"\r\n") if len(data) <= MAX_LINE_BYTES else data)
+            yield RawLine(number, data if is_cut else data.rstrip(b"\r\n"))
 
 
 @dataclass(frozen=True, slots=True)
