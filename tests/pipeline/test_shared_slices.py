@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actors.requests import Completion, Output, RowError, Usage
+from pipeline import shared_slices
 from pipeline.corpus_plan.manifest import CORPUS
 from pipeline.drafts import DraftCounts, DrafterCount
 from pipeline.job import Job, job_from_dict
@@ -209,6 +210,18 @@ def test_a_merge_reads_only_the_row_groups_that_hold_its_shards(tmp_path):
     assert asked == [[1, 6]]
     assert answers["s040"][0]["response"].to_pylist() == ["40.0", "40.1"]
     assert answers["elsewhere"] == (answers["s040"][0].slice(0, 0), [])
+
+
+def test_what_is_read_of_a_slice_keeps_no_rows_of_other_shards_in_memory(tmp_path):
+    job = make_job(tmp_path)
+    names = tuple(f"s{i:03d}" for i in range(100))
+    rows = [(planned(i, row), answer(f"{i}.{row}" + "long" * 10_000)) for row in range(2) for i in range(100)]
+    paths = publish(job, [(names, rows)])
+    found = shared_slices._read_one(job.sampling, Storage(job.output.path), paths[0], frozenset(["s040", "s041"]))
+    texts = found["s041"][0]["response"]
+    held = sum(buffer.size for chunk in texts.chunks for buffer in chunk.buffers() if buffer is not None)
+    assert 160_000 <= held < 170_000, "two rows of each of the two, and not the 2.5 MB of their row group"
+    assert [text[:5] for text in texts.to_pylist()] == ["41.0l", "41.1l"]
 
 
 def test_a_damaged_shared_slice_is_removed_and_the_message_says_to_run_again(tmp_path):
