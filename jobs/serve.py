@@ -6,6 +6,7 @@ The only file that speaks Ray Serve. A replica holds one engine; `jobs.endpoint`
 from __future__ import annotations
 
 import ipaddress
+import math
 import signal
 import threading
 import time
@@ -20,6 +21,7 @@ from jobs.endpoint.app import make_app
 from jobs.endpoint.config import EndpointConfig, load_endpoint
 from jobs.endpoint.endpoint import open_endpoint
 from jobs.endpoint.keys import read_key_digests
+from jobs.ingress import set_front_door
 from jobs.run import named_models
 from pipeline.graph import close_ray, start_ray
 from pipeline.settings_file import JobError
@@ -59,6 +61,7 @@ def run_serve(path: str | None, overrides: Sequence[str]) -> int:
     check_model(config.model)
     digests = _read_keys(config, is_private=_is_loopback(config.host))
     stop = threading.Event()
+    set_front_door(digests, _max_in_flight(config))
     is_ours = start_ray()
     try:
         serve.start(proxy_location="HeadOnly", http_options=http_options(config))
@@ -109,6 +112,8 @@ def application(config: EndpointConfig, digests: tuple[str, ...]) -> serve.Appli
         graceful_shutdown_wait_loop_s=1.0,
         graceful_shutdown_timeout_s=replicas.drain_s,
         health_check_period_s=5.0,
+        # A line per request would be most of what is written here; /metrics counts them.
+        logging_config={"enable_access_log": False},
     ).bind(config, digests)
 
 
@@ -121,6 +126,12 @@ def _end_application(drain_s: float) -> None:
             time.sleep(0.2)
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _max_in_flight(config: EndpointConfig) -> int:
+    """Requests beyond which the front door says 429 itself: so many that the replicas, who know better, would have
+    refused some already, and few enough that a crowd costs no replica's time."""
+    return math.ceil(1.25 * config.num_places * config.replicas.max)
 
 
 def http_options(config: EndpointConfig) -> dict[str, Any]:

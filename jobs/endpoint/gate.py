@@ -91,6 +91,15 @@ def key_error(scope: Scope, digests: tuple[str, ...]) -> ApiError | None:
     return ApiError(401, f"the API key {what}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
+def queue_is_full(wait_s: int) -> ApiError:
+    return ApiError(
+        429,
+        f"the queue is full; try again in {wait_s} s",
+        code="rate_limit_exceeded",
+        headers={"Retry-After": str(wait_s)},
+    )
+
+
 def too_large(limits: RequestLimits) -> ApiError:
     return ApiError(413, f"the body is larger than {limits.max_body_bytes} bytes", code="request_too_large")
 
