@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pipeline.batch_output import BATCH_OUTPUT, FAILED_LINES
 from pipeline.claim import FILE as CLAIM
+from pipeline.corpus_plan.manifest import CORPUS
 from pipeline.lease import FOLDER as LEASE_FOLDER
 from pipeline.results import ERRORS, METRICS, RESULTS
 from pipeline.shards import Shard
@@ -20,9 +21,6 @@ from pipeline.storage import Storage
 
 MIN_AGE_S = 3600.0
 """A half-written file is removed once it is this old: before, its writer may live."""
-
-CORPUS = "_corpus"
-"""The folder of slices that hold rows of several shards (`shared_slices`); no shard's name begins so."""
 
 _PROBE = re.compile(
     rf"({re.escape(CLAIM)}|{LEASE_FOLDER}/\d+\.json)\.probe-[0-9a-f]{{32}}|{LEASE_FOLDER}/clock-[0-9a-f]{{32}}"
