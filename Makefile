@@ -36,6 +36,7 @@ bench: setup
 	$(BIN)/shoal bench pipeline
 	$(BIN)/shoal bench speculation
 	$(BIN)/shoal bench quantize
+	$(BIN)/shoal bench kernels
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output

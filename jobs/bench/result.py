@@ -22,17 +22,21 @@ VERSIONS_OF = ("shoal", "torch", "transformers", "ray", "triton", "pyarrow")
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A figure and what it has to reach; `bar` None is a figure for information."""
+    """A figure and what it has to reach; `bar` None is a figure for information, `value` None was not measured."""
 
     name: str
-    value: float
+    value: float | None
     bar: float | None
     at_least: bool = True
     unit: str = ""
 
     @property
+    def rounded(self) -> float | None:
+        return None if self.value is None else round(self.value, 4)
+
+    @property
     def holds(self) -> bool | None:
-        if self.bar is None:
+        if self.bar is None or self.value is None:
             return None
         return self.value >= self.bar if self.at_least else self.value <= self.bar
 
@@ -53,7 +57,7 @@ class BenchResult:
         record = {
             "bench": self.bench,
             "is_correct": self.is_correct,
-            "bars": [{**asdict(bar), "value": round(bar.value, 4), "holds": bar.holds} for bar in self.bars],
+            "bars": [{**asdict(bar), "value": bar.rounded, "holds": bar.holds} for bar in self.bars],
             "machine": machine,
             "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF},
             "commit": _commit(),
@@ -82,7 +86,7 @@ class BenchResult:
             sign = ">=" if bar.at_least else "<="
             table.add_row(
                 bar.name,
-                f"{bar.value:.3g} {bar.unit}".strip(),
+                "not measured" if bar.value is None else f"{bar.value:.3g} {bar.unit}".strip(),
                 "" if bar.bar is None else f"{sign} {bar.bar:g}",
                 {None: "", True: "yes", False: "NO"}[bar.holds],
             )
