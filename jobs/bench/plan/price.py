@@ -1,7 +1,6 @@
-"""`shoal bench plan`, so far its part about the price: varied jobs are planned first, then run, and the bills compared.
+"""Part `price`: varied jobs are planned first, then run, and the bills compared with what the plans said.
 
-Each job is planned as `shoal plan` does it, with a pilot, and then run whole by `shoal run` on this machine's CPU; one
-Ray serves all runs. Corpora are made here, and read from a folder `shared` beside the checkout where there is one.
+Each job is planned as `shoal plan` does it, with a pilot, and then run whole by `shoal run` on this machine's CPU.
 """
 
 from __future__ import annotations
@@ -9,43 +8,26 @@ from __future__ import annotations
 import contextlib
 import io
 import statistics
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
 from rich.console import Console
 
-from jobs.bench.result import Bar, BenchResult
-from jobs.demo.main import JOB_FILE
-from jobs.demo.tickets import write_corpus
+from jobs.bench.plan.cases import Case, price_cases, write_case
+from jobs.bench.result import Bar
+from jobs.named_models import named_models
 from jobs.plan import PlanSettings, make_plan
-from jobs.run import named_models, run
-from pipeline.graph import close_ray, start_ray
+from jobs.run import run
 from pipeline.job import load_job
 from pipeline.ledger import Bill, read_bill
 from pipeline.plan_file import Plan
 from pipeline.storage import Storage
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "corpora"
 MIN_INSIDE = 0.9
 MAX_MEDIAN_ERROR = 0.10
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A job: its corpus, and the settings that differ from the demo's. sample_rows: of the plan."""
-
-    name: str
-    corpus: Callable[[Path], None]
-    settings: dict[str, Any]
-    sample_rows: int = 4000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,42 +50,39 @@ class Compared:
         return float(getattr(self.plan.estimate, name).value / actual - 1) if actual else 0.0
 
 
-def bench_plan() -> BenchResult:
-    """Plan and run every case; some minutes on two cores."""
-    console = Console(stderr=True, width=150)
+def measure(folder: Path, console: Console) -> tuple[bool, list[Bar], dict[str, Any]]:
+    """Plan and run every case. Whether all rows were answered, the bars, and a record per case."""
     compared: list[Compared] = []
-    with tempfile.TemporaryDirectory() as name:
-        is_ours = start_ray()
-        try:
-            for number, case in enumerate(cases()):
-                compared.append(compare(case, Path(name) / str(number)))
-                console.print(describe(compared[-1]), highlight=False)
-        finally:
-            if is_ours:
-                close_ray()
-    errors = [abs(one.error_of("cost_usd", one.bill.cost_usd)) for one in compared]
-    busy_errors = [abs(one.error_of("busy_s", one.bill.busy_s)) for one in compared]
-    token_errors = [abs(one.error_of("completion_tokens", one.bill.completion_tokens)) for one in compared]
-    bars = [
-        Bar(
-            "runs whose cost is inside the interval", sum(one.is_inside for one in compared) / len(compared), MIN_INSIDE
-        ),
-        Bar("median error of the cost", statistics.median(errors), MAX_MEDIAN_ERROR, at_least=False),
-        Bar("largest error of the cost", max(errors), None),
-        Bar("median error of the busy time", statistics.median(busy_errors), None),
-        Bar("median error of completion tokens", statistics.median(token_errors), None),
-        Bar("median seconds of a plan", statistics.median(one.plan_s for one in compared), None, unit="s"),
-    ]
+    for number, case in enumerate(price_cases()):
+        compared.append(compare(case, folder / str(number)))
+        console.print(describe(compared[-1]), highlight=False)
     is_correct = all(one.exit_code == 0 and one.bill.rows == one.plan.estimate.num_rows for one in compared)
-    return BenchResult("plan", is_correct, bars, {"runs": [record(one) for one in compared]})
+    return is_correct, _bars(compared), {"runs": [record(one) for one in compared]}
+
+
+def _bars(compared: Sequence[Compared]) -> list[Bar]:
+    def errors(name: str, actual: str) -> list[float]:
+        return [abs(one.error_of(name, getattr(one.bill, actual))) for one in compared]
+
+    inside = sum(one.is_inside for one in compared)
+    cost = errors("cost_usd", "cost_usd")
+    return [
+        Bar(f"price: runs of {len(compared)} whose cost is inside the interval", inside / len(compared), MIN_INSIDE),
+        Bar("price: median error of the cost", statistics.median(cost), MAX_MEDIAN_ERROR, at_least=False),
+        Bar("price: largest error of the cost", max(cost), None),
+        Bar("price: median error of the busy time", statistics.median(errors("busy_s", "busy_s")), None),
+        Bar(
+            "price: median error of completion tokens",
+            statistics.median(errors("completion_tokens", "completion_tokens")),
+            None,
+        ),
+        Bar("price: median seconds of a plan", statistics.median(one.plan_s for one in compared), None, unit="s"),
+    ]
 
 
 def compare(case: Case, folder: Path) -> Compared:
     """Plan a case and run it, in an empty folder."""
-    (folder / "corpus").mkdir(parents=True)
-    case.corpus(folder / "corpus")
-    job_file = folder / "job.yaml"
-    job_file.write_text(yaml.safe_dump(merged(yaml.safe_load(JOB_FILE.read_text()), case.settings)))
+    job_file = write_case(case, folder)
     started = time.perf_counter()
     job = load_job(str(job_file)).resolve(named_models())
     plan, _, _ = make_plan(job, PlanSettings(sample_rows=case.sample_rows), lambda text: None)
@@ -144,89 +123,3 @@ def record(one: Compared) -> dict[str, Any]:
         "prefix_hit_rate": [round(found.achieved_hit_rate or 0, 4), round(bill.prefix_hit_rate or 0, 4)],
         "plan_s": round(one.plan_s, 2),
     }
-
-
-def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Sections of `above` laid over those of `below`; None removes a section."""
-    out = dict(below)
-    for key, value in above.items():
-        if value is None:
-            out.pop(key, None)
-        else:
-            out[key] = {**out.get(key, {}), **value} if isinstance(value, dict) else value
-    return out
-
-
-def cases() -> list[Case]:
-    """Short and long, greedy and drawn, small batches and large ones, much and nothing shared."""
-    plain: dict[str, Any] = {"input": {"prompt_column": "prompt"}, "prompt": None}
-    made = [
-        Case("tickets", tickets(1500), {}),
-        Case("tickets, sampled", tickets(3000), {}, sample_rows=600),
-        Case("few tickets", tickets(200), {}),
-        Case("tickets, drawn", tickets(800), {"sampling": {"temperature": 1.0}}),
-        Case("tickets, cut answers", tickets(1500), {"sampling": {"max_tokens": 12}}),
-        Case("tickets, small batch", tickets(400), {"engine": {"max_num_seqs": 8}}),
-        Case("tickets, three samples", tickets(400), {"sampling": {"temperature": 0.8, "n": 3}}),
-        Case("tickets, no prefix cache", tickets(500), {"engine": {"enable_prefix_caching": False}}),
-        Case("tickets, no drafts", tickets(1200), {"engine": {"speculative_config": {"method": "none"}}}),
-        Case("tickets, plain weights", tickets(1000), {"engine": {"quantization": "none"}}),
-        Case("documents", documents(120, 5), {**plain, "sampling": {"max_tokens": 48}}),
-        Case(
-            "documents, long answers", documents(40, 5), {**plain, "sampling": {"max_tokens": 200, "ignore_eos": True}}
-        ),
-        Case("documents, sampled", documents(500, 4), {**plain, "sampling": {"max_tokens": 24}}, sample_rows=500),
-        Case("nothing shared", documents(700, 1), {**plain, "sampling": {"max_tokens": 32, "temperature": 0.7}}),
-    ]
-    read = [
-        Case(name, shared(name), {**plain, "sampling": {"max_tokens": tokens}})
-        for name, tokens in (
-            ("gsm8k_test_chat", 32),
-            ("gsm8k_test_cot8", 16),
-            ("humaneval", 64),
-            ("ifeval", 48),
-            ("mgsm_11lang", 16),
-            ("mt_bench", 100),
-        )
-        if (SHARED / name).is_dir()
-    ]
-    return made + read
-
-
-def tickets(num_rows: int) -> Callable[[Path], None]:
-    """The demo's corpus."""
-
-    def write(folder: Path) -> None:
-        write_corpus(folder, num_rows)
-
-    return write
-
-
-def documents(num_documents: int, num_questions: int) -> Callable[[Path], None]:
-    """Made-up documents of 10 to 60 words with questions at their ends, scattered over eight shards."""
-
-    def write(folder: Path) -> None:
-        rng = np.random.default_rng(num_documents)
-        words = ["".join(chr(c) for c in rng.integers(97, 123, rng.integers(2, 9))) for _ in range(500)]
-
-        def text(num_words: int) -> str:
-            return " ".join(words[i] for i in rng.integers(0, len(words), num_words))
-
-        texts = [text(int(rng.integers(10, 60))) for _ in range(num_documents)]
-        prompts = [f"{document}\n\n{text(8)}?" for document in texts for _ in range(num_questions)]
-        order = rng.permutation(len(prompts))
-        for number, part in enumerate(np.array_split(order, 8)):
-            table = pa.table({"id": part, "prompt": [prompts[i] for i in part]})
-            pq.write_table(table, folder / f"documents-{number}.parquet")
-
-    return write
-
-
-def shared(name: str) -> Callable[[Path], None]:
-    """A corpus that lies beside the checkout."""
-
-    def write(folder: Path) -> None:
-        for path in sorted((SHARED / name).glob("*.parquet")):
-            (folder / path.name).write_bytes(path.read_bytes())
-
-    return write
