@@ -210,15 +210,18 @@ def quantize_command(
 def bench_command(
     name: Annotated[str, typer.Argument(help="Which; a name that is none lists them.")],
     keep: Annotated[str | None, typer.Option(help="Folder in which the JSON is kept too.")] = None,
-    only: Annotated[str | None, typer.Option(help="kernels, online: one part; with --tune, as in g128/16.")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="kernels, online, plan: one part; with --tune, as in g128/16.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(min=0.5, help="online: of the soak; else 30.")] = None,
     interpret: Annotated[bool, typer.Option("--interpret", help="kernels: in Triton's interpreter, no times.")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="kernels: find int4_linear's tiles on this GPU.")] = False,
+    rows: Annotated[int | None, typer.Option(min=1, help="plan: rows to plan, instead of a million.")] = None,
 ) -> None:
     """Measure against a baseline in the same command; the last line is JSON."""
     from jobs.bench import bench
 
-    given = {"only": only, "minutes": minutes, "interpret": interpret, "tune": tune}
+    given = {"only": only, "minutes": minutes, "interpret": interpret, "tune": tune, "rows": rows}
     raise typer.Exit(bench(name, keep, **{option: value for option, value in given.items() if value}))
 
 
