@@ -7,6 +7,7 @@ RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (`jobs.ingress`). Plain ASGI; knows no
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -79,24 +80,38 @@ class FrontDoor:
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal: int | None = None
         headers: dict[str, str] = {}
+        is_started = is_over = is_stream = False
 
         async def translate(message: Message) -> None:
-            nonlocal refusal
-            if message["type"] == "http.response.start" and _is_serves_own(message):
-                refusal = message["status"]
-                found = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in message["headers"]}
-                wait_s = found.get("retry-after", _RETRY_AFTER_S.get(message["status"]))
-                headers.update({"Retry-After": wait_s} if wait_s else {})
-            elif refusal is None:
+            nonlocal refusal, is_started, is_over, is_stream
+            if message["type"] == "http.response.start":
+                is_started = True
+                kind = _header(message, b"content-type")
+                is_stream = kind.startswith("text/event-stream")
+                # Errors of the endpoint's are JSON.
+                if message["status"] >= 400 and not kind.startswith("application/json"):
+                    refusal = message["status"]
+                    wait_s = _header(message, b"retry-after") or _RETRY_AFTER_S.get(refusal)
+                    headers.update({"Retry-After": wait_s} if wait_s else {})
+            is_over = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if refusal is None:
                 await send(message)
-            elif not message.get("more_body", False):
+            elif is_over:
                 text = _TEXTS.get(refusal, "the server could not take this request")
-                await respond(ApiError(refusal, text, headers=headers or None))(scope, receive, send)
+                await respond(ApiError(refusal, text, headers=headers))(scope, receive, send)
 
         await self._app(scope, receive, translate)
+        if is_over:
+            return
+        # The replica died. Serve then says nothing more, or nothing at all.
+        lost = ApiError(503, "the engine was lost; try again", code="engine_error", headers={"Retry-After": "5"})
+        if not is_started:
+            await respond(lost)(scope, receive, send)
+        elif is_stream:
+            event = b"data: " + json.dumps(lost.body).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": False})
 
 
-def _is_serves_own(message: Message) -> bool:
-    """Errors of the endpoint's are JSON."""
-    kinds = [value for name, value in message.get("headers", ()) if name.lower() == b"content-type"]
-    return bool(message["status"] >= 400 and not any(kind.startswith(b"application/json") for kind in kinds))
+def _header(message: Message, name: bytes) -> str:
+    values = [value for key, value in message.get("headers", ()) if key.lower() == name]
+    return values[0].decode("latin-1") if values else ""

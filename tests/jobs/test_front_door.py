@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,27 @@ def test_a_refusal_of_serves_is_an_error_of_openais(status: int, kind: str) -> N
 def test_when_serve_says_when_to_come_back_that_stays() -> None:
     behind = Behind(PlainTextResponse("no", 503, headers={"Retry-After": "17"}))
     assert TestClient(FrontDoor(behind, digests=())).get("/v1/models").headers["retry-after"] == "17"
+
+
+def test_a_replica_that_dies_before_or_within_an_answer_is_an_error_that_clients_understand() -> None:
+    start = {"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]}
+    piece = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
+
+    def answer_of(*messages: Any) -> Any:
+        async def serve(scope: Any, receive: Any, send: Any) -> None:
+            for message in messages:
+                await send(message)
+
+        return TestClient(FrontDoor(serve, digests=())).post("/v1/completions")
+
+    silent = answer_of()
+    assert silent.status_code == 503 and silent.json()["error"]["code"] == "engine_error"
+    assert int(silent.headers["retry-after"]) >= 1
+    events = answer_of(start, piece, piece).text.split("\n\n")
+    assert events[:2] == ["data: {}"] * 2 and events[3:] == [""]
+    assert json.loads(events[2].removeprefix("data: "))["error"]["type"] == "server_error"
+    last = {**piece, "body": b"data: [DONE]\n\n", "more_body": False}
+    assert "error" not in answer_of(start, piece, last).text
 
 
 @pytest.mark.parametrize("answer", [PlainTextResponse("shoal_pages 1"), JSONResponse({"error": {"code": "x"}}, 503)])
