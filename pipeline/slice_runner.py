@@ -166,8 +166,10 @@ class SliceRunner:
     async def _answer(self, slice_: Slice, attempt: Attempt) -> list[Completion]:
         """One completion per planned row, in order; rows that were found bad in planning never see the engine."""
         requests: dict[int, list[Request]] = {}
+        # A row's key says which of its slice's shards it is of: in a corpus another slice has the same keys.
+        prefix = f"{slice_.shard}/{slice_.index}" if slice_.shards else slice_.shard
         for request in slice_.requests(self._spec.job.sampling):
-            named = replace(request, request_id=f"{slice_.shard}/{request.request_id}")
+            named = replace(request, request_id=f"{prefix}/{request.request_id}")
             requests.setdefault(_row_of(request), []).append(named)
         answers = {row.key: Completion("", error=row.error) for row in slice_.rows if row.error is not None}
         answers.update((row, poisonous(requests.pop(row)[0])) for row in attempt.poison)
