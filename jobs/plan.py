@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from actors.weights.checkpoint import check_model, load_tokenizer
-from jobs.predicted import between
+from jobs.predicted import between, describe_spent
 from jobs.run import named_models
 from pipeline.corpus_sample import CorpusSample, sample_corpus
 from pipeline.device_profile import DeviceProfile, find_profile, read_profile
@@ -29,6 +29,7 @@ from pipeline.plan_file import Plan, corpus_digest
 from pipeline.pricing import price_of
 from pipeline.progress import count, new_console, percent, seconds, usd
 from pipeline.results import published_shards
+from pipeline.scope import ScopeChoice, weigh_scopes
 from pipeline.shards import Shard, ShardList, list_shards
 from pipeline.slice_runner import max_actors
 from pipeline.storage import Storage, absolute_uri, public_uri
@@ -90,6 +91,7 @@ def make_plan(
     num_prompts = MOST_PILOT_ROWS if settings.pilot_rows is None else settings.pilot_rows
     sample = sample_corpus(job, tokenizer, shards.good, settings.sample_rows, settings.seed, num_prompts)
     notes = [f"shard {name} cannot be used and is not in these figures: {reason}" for name, reason in shards.bad]
+    notes += [spent] if (spent := describe_spent(job, output)) else []
     notes += _gain_of_fields(job, tokenizer, shards.good, settings)
     profile = read_profile(absolute_uri(settings.step_times, Path.cwd())) if settings.step_times else None
     if profile is not None:
@@ -102,8 +104,24 @@ def make_plan(
     if profile is None and not runs_here(job):
         notes.append("the pool's devices are not on this machine, whose times tell nothing about them")
     price = price_of(profile.device, job.pricing.usd_per_device_hour) if profile else None
+    scope = _expected_scope(job, shards.good, profile)
+    planned, waiting_s = sample, 0.0
+    if scope.tokens_by_shard and scope.tokens_by_corpus is not None:
+        notes.append(scope.describe())
+        if scope.scope == "corpus":
+            planned = sample.as_one_corpus(scope.tokens_by_corpus / scope.tokens_by_shard)
+            waiting_s = (scope.pass_s or 0.0) / max_actors(job)
     found = estimate(
-        job, sample, max_actors(job), experience, settings.output_tokens, profile, price, notes, settings.seed
+        job,
+        planned,
+        max_actors(job),
+        experience,
+        settings.output_tokens,
+        profile,
+        price,
+        notes,
+        settings.seed,
+        waiting_s,
     )
     made = Plan(
         fingerprint=job.fingerprint(),
@@ -118,6 +136,14 @@ def make_plan(
         estimate=found,
     )
     return made, sample, experience
+
+
+def _expected_scope(job: Job, shards: Sequence[Shard], profile: DeviceProfile | None) -> ScopeChoice:
+    """What a run would choose, with its figures, unless the shards are to be planned each by itself."""
+    if job.plan.scope == "shard":
+        return ScopeChoice("shard", "as the job says")
+    weighed = weigh_scopes(job, shards, profile)
+    return weighed if job.plan.scope == "auto" else replace(weighed, scope="corpus", reason="as the job says")
 
 
 def _gain_of_fields(job: Job, tokenizer: Any, shards: Sequence[Shard], settings: PlanSettings) -> list[str]:

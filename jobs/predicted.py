@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 
 from pipeline.job import Job
-from pipeline.ledger import Bill
+from pipeline.ledger import Bill, read_bill
 from pipeline.plan_file import Figure, Plan, corpus_digest, read_plan
 from pipeline.progress import predicted_table, seconds, usd
 from pipeline.shards import Shard
@@ -21,6 +21,9 @@ def say_prediction(
 ) -> None:
     """Say what a plan in the output expects of the shards to do, whether it is of another job or corpus, and which
     limits are below it."""
+    spent = describe_spent(job, output)
+    if spent:
+        say(spent)
     plan, problem = read_plan(output)
     if problem:
         say(f"plan: {problem}")
@@ -38,6 +41,17 @@ def say_prediction(
     num_todo = sum(shard.num_rows for shard in todo)
     for line in _warnings(job, plan, num_todo / max(1, plan.estimate.num_rows)):
         say(f"plan: {line}")
+
+
+def describe_spent(job: Job, output: Storage) -> str:
+    """What earlier runs have spent, which a budget does not know of; "" if nothing, or without a budget."""
+    if job.limits.budget_usd is None:
+        return ""
+    spent = read_bill(output).cost_usd
+    if not spent:
+        return ""
+    limit = f"limits.budget_usd={job.limits.budget_usd:g}"
+    return f"{limit} is for one run; earlier runs have spent {usd(spent)} on this output"
 
 
 def print_predicted(console: Console, output: Storage, bill: Bill, fingerprint: str) -> None:

@@ -12,7 +12,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -89,6 +89,11 @@ class CorpusSample:
     num_rows: int
     shards: list[ShardSample]
     prompts: list[PackedRow]
+
+    def as_one_corpus(self, computed_share: float) -> CorpusSample:
+        """The sample as a corpus plan finds it: so much is left to compute of what would be, shard by shard."""
+        shards = [replace(shard, computed_share=shard.computed_share * computed_share) for shard in self.shards]
+        return replace(self, shards=shards)
 
     @property
     def num_read(self) -> int:

@@ -41,8 +41,8 @@ MIN_MOST_ROWS = 256
 MAX_SHARDS = 8
 """Results of so many shards are looked at."""
 
-COLD_LOAD_S = 1.0
-"""What loading takes longer in a new process, where the first tokenizer imports its library."""
+COLD_LOAD_S = 0.7
+"""What loading takes longer in a new process, where the first tokenizer imports its library: 0.5 to 0.9 in six runs."""
 
 Ints = NDArray[np.int64]
 

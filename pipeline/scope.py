@@ -92,7 +92,7 @@ def choose_scope(job: Job, listed: Sequence[Shard], to_do: Sequence[Shard]) -> S
     left = {shard.name for shard in to_do}
     if kept is not None and left <= set(kept.get("shards", [])):
         return ScopeChoice(kept["scope"], "auto: as this run began")
-    choice = _choose(job, to_do, find_profile(job, output))
+    choice = weigh_scopes(job, to_do, find_profile(job, output))
     output.write_whole(FILE, json.dumps({**asdict(choice), "shards": sorted(left)}, indent=1).encode())
     return choice
 
@@ -105,7 +105,8 @@ def _read_choice(output: Storage) -> dict[str, Any] | None:
     return kept if isinstance(kept, dict) and kept.get("scope") in ("shard", "corpus") else None
 
 
-def _choose(job: Job, to_do: Sequence[Shard], profile: DeviceProfile | None) -> ScopeChoice:
+def weigh_scopes(job: Job, to_do: Sequence[Shard], profile: DeviceProfile | None) -> ScopeChoice:
+    """What is cheaper for these shards, whatever the job says; writes nothing."""
     shards = [shard for shard in to_do if shard.num_rows]
     if len(shards) < 2:
         return ScopeChoice("shard", "auto: there is one shard")

@@ -145,10 +145,14 @@ def test_a_run_leaves_step_times_and_says_predicted_beside_actual(
     run(str(job), [])
     said = " ".join(capsys.readouterr().out.split())
     assert "is below the expected cost" in said and "stop before the corpus is done" in said
-    write_job()
+    write_job(limits={"budget_usd": 100.0})
     assert run(str(job), []) == EXIT_DONE
     said = capsys.readouterr().out
+    assert "limits.budget_usd=100 is for one run; earlier runs have spent $" in " ".join(said.split())
     assert "predicted" in said and "actual" in said
+    notes = planned(job, pilot_rows=0).estimate.notes
+    assert any("earlier runs have spent $" in note for note in notes), notes
+    write_job()
     assert status(str(tmp_path / "out")) == EXIT_DONE
     lines = capsys.readouterr().out.splitlines()
     (tokens,) = [line for line in lines if line.startswith("completion tokens")]
@@ -200,3 +204,19 @@ def test_figures_know_what_they_hold():
 
 def test_bars_are_as_long_as_they_say():
     assert bar(1.0, 4) == "████" and bar(0.0, 4) == "" and bar(0.5, 4) == "██" and bar(0.53, 4) == "██▏"
+
+
+def test_what_shards_have_in_common_is_in_the_price_of_a_run_that_plans_them_as_one(write_corpus, write_job):
+    """Each document has its two questions in different shards: as one corpus, half of the documents' tokens go."""
+    texts = [f"{text} {text} {text} " for text in prompts(40)]
+    write_corpus({"a": [f"{text}first?" for text in texts], "b": [f"{text}other?" for text in texts]})
+    job = write_job()
+    expected = {}
+    for scope in ("shard", "corpus", "auto"):
+        write_job(plan={"scope": scope})
+        expected[scope] = planned(job, output_tokens=4).estimate
+    by_shard, as_one = expected["shard"].computed_prompt_tokens.value, expected["corpus"].computed_prompt_tokens.value
+    assert as_one == pytest.approx(by_shard / 2, rel=0.1)
+    assert expected["auto"].computed_prompt_tokens == expected["corpus"].computed_prompt_tokens
+    assert any("planning the corpus as one saves" in note for note in expected["auto"].notes)
+    assert not any("scope" in note for note in expected["shard"].notes)
