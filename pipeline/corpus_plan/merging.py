@@ -145,9 +145,10 @@ def _read_part(storage: Storage, part: RunPart, low: bytes | None, high: bytes |
             rows = pa.table(columns, schema=_ROWS_SCHEMA)
             pieces.append(_Piece(part.shard, orders[start:end], pc.list_value_length(lists).to_numpy(), rows))
     except (pa.ArrowException, OSError, ValueError) as error:
+        storage.remove(part.path)  # its shard is then sorted again
         raise ShardError(
-            f"the sorted rows {public_uri(storage.uri_of(part.path))} cannot be read ({error}); "
-            "run the same command again"
+            f"the sorted rows {public_uri(storage.uri_of(part.path))} cannot be read ({error}) "
+            "and were removed; run the same command again"
         ) from error
     return pieces
 

@@ -8,8 +8,9 @@ them. Knows no Ray; holds one run's rows at a time.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -61,6 +62,13 @@ class SortedRun:
     offsets: list[int]
     weights: list[int]
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "separators": [separator.hex() for separator in self.separators]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SortedRun:
+        return cls(**{**data, "separators": [bytes.fromhex(separator) for separator in data["separators"]]})
+
 
 @dataclass(frozen=True, slots=True)
 class SortedShard:
@@ -98,8 +106,13 @@ def sort_shard(
     """Render, tokenise and sort a shard, and write its runs to `<folder>/sorted/`. ShardError if it cannot be read.
 
     job: resolved. tokenizer: a transformers tokenizer. run_weight: what to hold at once. The same shard gives the same
-    runs, whatever else is planned with it.
+    runs, whatever else is planned with it; those that a run which was killed has left in this folder are used again.
     """
+    planned = PlannedShard(shard.name, shard.etag, shard.num_rows)
+    record = f"{folder}/sorted/{shard.name}.json"
+    known = _read_runs(storage, record, run_weight)
+    if known is not None:
+        return SortedShard(planned, known)
     runs: list[SortedRun] = []
 
     def write(rows: _Rows) -> None:
@@ -114,7 +127,22 @@ def sort_shard(
             rows = _Rows()
     if rows.orders:
         write(rows)
-    return SortedShard(PlannedShard(shard.name, shard.etag, shard.num_rows), runs)
+    storage.write_whole(
+        record, json.dumps({"run_weight": run_weight, "runs": [run.to_json() for run in runs]}).encode()
+    )
+    return SortedShard(planned, runs)
+
+
+def _read_runs(storage: Storage, record: str, run_weight: int) -> list[SortedRun] | None:
+    """The runs of a shard that was sorted before, if all are there; None if it is to be sorted."""
+    try:
+        data = json.loads(storage.read_bytes(record))
+    except FileNotFoundError:
+        return None
+    runs = [SortedRun.from_json(run) for run in data["runs"]]
+    sizes = [info.size_bytes if (info := storage.info(run.path)) is not None else -1 for run in runs]
+    is_whole = data["run_weight"] == run_weight and sizes == [run.offsets[-1] for run in runs]
+    return runs if is_whole else None
 
 
 class _FoldDigests:

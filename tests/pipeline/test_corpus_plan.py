@@ -424,6 +424,29 @@ def test_a_plan_is_there_only_when_all_of_it_is():
     assert not storage.list(f"{folder}/sorted"), "the sorted runs go once the slices are there"
 
 
+def test_planning_that_was_killed_goes_on_with_the_shards_that_were_sorted():
+    shard, storage, job = write_shards([["x", "y", "z" * 200, "y"] * 3])[0], new_output(), make_job()
+    before = sort_shard(job, shard, storage, "_plan/x", Letters(), run_weight=500)
+    assert len(before.runs) > 1
+    assert sort_shard(job, shard, storage, "_plan/x", None, run_weight=500) == before, "without a tokenizer"
+    assert sort_shard(job, shard, storage, "_plan/x", Letters(), run_weight=10**6) != before
+    assert sort_shard(job, shard, storage, "_plan/x", Letters(), run_weight=500) == before
+
+
+def test_sorted_rows_that_are_damaged_are_sorted_again():
+    shard, storage, job = write_shards([["x", "y", "x"]])[0], new_output(), make_job()
+    before = sort_shard(job, shard, storage, "_plan/x", Letters())
+    (range_,) = choose_ranges([before])
+    (run,) = before.runs
+    whole = storage.read_bytes(run.path)
+    storage.write_whole(run.path, bytes(len(whole)))
+    with pytest.raises(ShardError, match="cannot be read.*run the same command again"):
+        merge_range(storage, "_plan/x", plan_settings(job.plan), range_)
+    assert sort_shard(job, shard, storage, "_plan/x", Letters()) == before
+    assert storage.read_bytes(run.path) == whole
+    assert merge_range(storage, "_plan/x", plan_settings(job.plan), range_).totals.num_rows == 3
+
+
 def test_a_shard_that_changes_while_the_corpus_is_planned_is_an_error_that_names_it():
     shard = write_shard("a", {"prompt": ["x"]})
     with pytest.raises(ShardError, match="was changed since the run began"):
