@@ -440,7 +440,7 @@ def test_sorted_rows_that_are_damaged_are_sorted_again():
     (run,) = before.runs
     whole = storage.read_bytes(run.path)
     storage.write_whole(run.path, bytes(len(whole)))
-    with pytest.raises(ShardError, match="cannot be read.*run the same command again"):
+    with pytest.raises(ShardError, match=r"cannot be read.*run the same command again"):
         merge_range(storage, "_plan/x", plan_settings(job.plan), range_)
     assert sort_shard(job, shard, storage, "_plan/x", Letters()) == before
     assert storage.read_bytes(run.path) == whole
