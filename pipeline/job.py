@@ -236,6 +236,10 @@ class PlanSection(_Section):
         bool,
         Field(description="order the columns of {{ fields(...) }} per row so that prompts share most; changes prompts"),
     ] = False
+    mix: Annotated[
+        Literal["auto", "off"],
+        Field(description="auto: long prompts among long answers, in slices where step times say that it is faster"),
+    ] = "auto"
 
 
 class QualitySection(_Section):

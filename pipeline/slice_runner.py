@@ -18,12 +18,15 @@ import pyarrow as pa
 
 from actors.config import EngineConfig
 from actors.requests import Completion, Request, RowError, Usage
+from actors.step_times import StepTimes
 from pipeline.admission import Attempt
 from pipeline.answering import Answerer, Worker, poisonous
 from pipeline.device_profile import DeviceProfile, keep_profile
 from pipeline.drafts import DraftCounts, failures_of
+from pipeline.engine_simulation import EngineShape
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job
+from pipeline.mixing import MIXED, AnswerLengths, mix_requests
 from pipeline.parquet import read_metadata
 from pipeline.prefix_plan import ROW_BITS, Slice
 from pipeline.pricing import price_of
@@ -89,6 +92,9 @@ class SliceRunner:
         self._index = SavedIndex(self._output, spec.run, worker, spec.job.engine.speculative_config)
         self._saving: asyncio.Task[None] | None = None
         self._num_in_flight = 0
+        self._lengths = AnswerLengths()
+        self._step_times: StepTimes | None = None
+        self._engine_shape: EngineShape | None = None
         self._answerer = Answerer(self._new_worker)
         self._device = device_name(str(self._answerer.worker.stats().device))
         self._price = price_of(self._device, spec.job.pricing.usd_per_device_hour)
@@ -102,6 +108,9 @@ class SliceRunner:
             return []
         stats = worker.stats()
         profile = DeviceProfile.of_worker(self._spec.job, self._device, times, stats.num_pages, stats.load_s)
+        from pipeline.estimate import engine_shape  # which asks this module what a device is called
+
+        self._step_times, self._engine_shape = times, engine_shape(self._spec.job, profile)
         try:
             keep_profile(self._output, profile)
         except (StorageError, OSError) as error:
@@ -148,8 +157,8 @@ class SliceRunner:
         started_at = time.time()
         completions = await self._answer(slice_, attempt)
         table = await asyncio.to_thread(slice_table, self._spec.job.answer_shape, slice_.rows, completions, self._price)
-        times = self._times(slice_, attempt, started_at)
-        times.evicted_prefix_tokens = sum(completion.usage.evicted_tokens for completion in completions)
+        evicted_tokens = sum(completion.usage.evicted_tokens for completion in completions)
+        times = self._times(slice_, attempt, started_at, evicted_tokens)
         summary = _summarise(slice_, completions, times, self._answerer.num_rebuilds, self._price.cost_usd(1.0))
         started_writing = time.perf_counter()
         await asyncio.to_thread(_publish, self._output, slice_, name, table, times, summary)
@@ -184,7 +193,7 @@ class SliceRunner:
         if not requests:
             return []
         if attempt.action == "answer":
-            return await self._answerer.answer(requests)
+            return await self._answer_mixed(requests)
 
         async def try_rows(rows: Sequence[Request]) -> None:
             await self._gate.try_rows((slice_.shard, slice_.index), frozenset(_row_of(request) for request in rows))
@@ -192,7 +201,22 @@ class SliceRunner:
         suspects = frozenset(request.request_id for request in requests if _row_of(request) in attempt.suspects)
         return await self._answerer.answer_carefully(requests, suspects, try_rows)
 
-    def _times(self, slice_: Slice, attempt: Attempt, started_at: float) -> SliceTimes:
+    async def _answer_mixed(self, requests: list[Request]) -> list[Completion]:
+        """Completions in the order of `requests`, whatever order they are answered in."""
+        order: Sequence[int] | None = None
+        if self._engine_shape is not None and self._step_times is not None and self._spec.job.plan.mix == "auto":
+            order = await asyncio.to_thread(mix_requests, requests, self._lengths, self._engine_shape, self._step_times)
+        if order is None:
+            completions = await self._answerer.answer(requests)
+        else:
+            if MIXED not in self._notes:
+                self._notes.append(MIXED)
+            found = dict(zip(order, await self._answerer.answer([requests[i] for i in order])))
+            completions = [found[i] for i in range(len(requests))]
+        self._lengths.observe(requests, completions)
+        return completions
+
+    def _times(self, slice_: Slice, attempt: Attempt, started_at: float, evicted_tokens: int) -> SliceTimes:
         stats = self._answerer.worker.stats()
         return SliceTimes(
             run=self._spec.run,
@@ -206,6 +230,7 @@ class SliceRunner:
             usd_per_device_hour=self._price.usd_per_device_hour,
             price_source=self._price.source,
             achievable_prefix_tokens=slice_.achievable_prefix_tokens,
+            evicted_prefix_tokens=evicted_tokens,
             notes=[*stats.notes, *failures_of(stats), *self._index.notes, *self._notes],
             drafts=self._meter.take_drafts(self._answerer),
             **self._meter.take(self._answerer),
