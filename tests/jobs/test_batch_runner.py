@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import threading
+import uuid
 
 import pytest
 
@@ -261,6 +262,26 @@ async def test_a_storage_that_fails_for_a_while_loses_no_line(store, monkeypatch
     async with running(store, FakeWorker(), lease_s=0.5):
         await until(has_status(store, batch_id, "completed"))
     assert len(texts(store, store.get(batch_id))) == NUM_LINES
+
+
+@in_loop
+async def test_object_storage_will_do(s3_environment, monkeypatch, clock):
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    storage = Storage(f"s3://batches/{uuid.uuid4().hex}")
+    if not storage._filesystem().exists("batches"):
+        storage._filesystem().mkdir("batches")
+    files = FileStore(storage, max_file_bytes=1 << 20, max_total_bytes=1 << 30, keep_s=2 * WINDOW_S, clock=clock)
+    store = BatchStore(files, "demo", keep_s=7200, clock=clock)
+    batch_id = create(store, [*range(1, 100), 0])
+    async with running(store, FakeWorker()):
+        await until(has_status(store, batch_id, "completed"))
+    batch = store.get(batch_id)
+    assert texts(store, batch) == {f"r{n}": str(n) for n in range(1, 100)}
+    assert len(lines_of(store, batch["error_file_id"])) == 1
+    assert len(files.list(after=None, limit=10, order="desc", purpose="batch_output")["data"]) == 2
+    files.delete(batch["input_file_id"])
+    assert store.storage.list(f"files/{batch['input_file_id']}") == []
 
 
 @in_loop

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import tracemalloc
+import uuid
 
 import pyarrow as pa
 import pytest
@@ -23,6 +24,7 @@ from pipeline.openai_api.reading import RequestReader
 from pipeline.prefix_plan import plan_shard
 from pipeline.prompts import Renderer
 from pipeline.shards import ShardError, list_shards, open_shard
+from pipeline.storage import Storage
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "My printer is late. Order 71-40822."}]
@@ -229,6 +231,23 @@ def test_a_shard_reads_like_parquet(make_job):
         rows = pa.Table.from_batches(source.iter_batches(100, row_groups=[0], columns=["custom_id", "body", LINE]))
         assert rows["custom_id"].to_pylist() == [*(str(number) for number in range(50)), None]
         assert json.loads(rows["body"][3].as_py()) == lines[3]["body"] and rows[LINE][50].as_py() == b"broken"
+
+
+def test_files_in_object_storage_are_read_as_local_ones(s3_environment, monkeypatch, make_job, tokenizer):
+    for name, value in s3_environment.items():
+        monkeypatch.setenv(name, value)
+    storage = Storage(f"s3://batch-files/{uuid.uuid4().hex}")
+    filesystem = storage._filesystem()
+    if not filesystem.exists("batch-files"):
+        filesystem.mkdir("batch-files")
+    data = to_bytes(*(chat(str(number)) for number in range(30)), b"broken\n")
+    storage.write_whole("in/a.jsonl", data)
+    storage.write_whole("in/b.jsonl.gz", gzip.compress(data))
+    job = make_job(input={"path": [f"{storage.uri}/in/a.jsonl", f"{storage.uri}/in/*.jsonl.gz"]})
+    shards = list_shards(job).good
+    assert sorted((shard.name, shard.num_rows) for shard in shards) == [("a", 31), ("b", 31)]
+    plans = [plan_shard(job, shard, tokenizer) for shard in shards]
+    assert [(plan.num_rows, plan.num_error_rows) for plan in plans] == [(31, 1)] * 2
 
 
 def test_a_file_that_has_changed_is_noticed(make_job, tmp_path, tokenizer):
