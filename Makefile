@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow test-gpu check bench clean
+.PHONY: setup demo test test-slow test-gpu check bench soak clean
 
 setup: $(STAMP)
 
@@ -36,6 +36,12 @@ bench: setup
 	$(BIN)/shoal bench pipeline
 	$(BIN)/shoal bench speculation
 	$(BIN)/shoal bench quantize
+	$(BIN)/shoal bench online --only overhead
+
+# Half an hour of load, half of it ten times what this machine holds; MINUTES=4 for a short one.
+MINUTES ?= 30
+soak: setup
+	$(BIN)/shoal bench online --only soak --minutes $(MINUTES)
 	$(BIN)/shoal bench kernels
 
 clean:

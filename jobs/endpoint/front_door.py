@@ -1,8 +1,8 @@
 """What stands before Serve itself, in its proxies: the key, a limit, and the form of its errors.
 
-A stranger's request must not start a replica; a crowd is refused here for a tenth of what it costs to hand each of its
-requests to a replica for that; and Serve's own refusals are lines of text. Serve loads this by
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (`jobs.ingress`). Plain ASGI; knows no models.
+A stranger's request must not start a replica; a crowd is refused here, where it takes none of a replica's time; and
+Serve's own refusals are lines of text. Serve loads this by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (`jobs.ingress`).
+Plain ASGI; knows no models.
 """
 
 from __future__ import annotations

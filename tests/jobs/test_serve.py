@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import httpx2
 import openai
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -146,6 +149,93 @@ def test_with_no_replica_the_first_request_waits_for_one_and_the_last_leaves_non
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120)
     assert client.completions.create(model="demo", prompt="Order 7", max_tokens=4).usage.completion_tokens
     _wait_until(lambda: num_replicas() == 0)
+
+
+@pytest.mark.slow
+def test_a_replica_that_dies_ends_its_streams_with_an_error_and_another_takes_over(
+    serve_on: Callable[..., str],
+) -> None:
+    url = serve_on()
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=300, max_retries=20)
+    ask = dict(model="demo", prompt="Order 7", max_tokens=8, temperature=0)
+    before = client.completions.create(**ask).choices[0].text
+    (replica,) = _replicas_of(os.getpid())
+    with httpx2.stream("POST", f"{url}/v1/completions", json=LONG, timeout=120) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        replica.kill()
+        rest = [line for line in lines if line]
+    assert "[DONE]" not in rest[-1] and json.loads(rest[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert client.completions.create(**ask).choices[0].text == before
+
+
+def _replicas_of(pid: int) -> list[psutil.Process]:
+    """Of the Ray that a process started."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "ServeReplica" in "".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+@pytest.mark.slow
+def test_serve_run_starts_what_the_configuration_file_says(tmp_path: Path) -> None:
+    config = yaml.safe_load((REPOSITORY / "deploy" / "serve.yaml").read_text())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = config["http_options"]["port"] = free.getsockname()[1]
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(tmp_path / "serve.yaml")]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_until(lambda: server.poll() is not None or _is_ready(port), within_s=240)
+        assert server.poll() is None, (tmp_path / "log").read_text()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        assert client.completions.create(model="demo", prompt="Order 7", max_tokens=4).usage.completion_tokens
+        server.send_signal(signal.SIGINT)
+        server.wait(120)
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+def test_a_wrong_key_starts_no_replica_and_a_client_waits_for_the_cold_start(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key = "sk-a-key-of-a-test-0001"
+    (tmp_path / "keys").write_text(key)
+    settings = ["model=demo", f"port={port}", f"access.api_key_file={tmp_path / 'keys'}", "engine.num_threads=1"]
+    settings += ["replicas.min=0", "replicas.idle_s=2"]
+    command = [sys.executable, "-m", "jobs", "serve", *(word for one in settings for word in ("--set", one))]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+
+    try:
+        _wait_until(lambda: server.poll() is not None or "answers on" in (tmp_path / "log").read_text(), within_s=240)
+        assert server.poll() is None, (tmp_path / "log").read_text()
+        _wait_until(lambda: not _replicas_of(server.pid), within_s=120)
+        url = f"http://127.0.0.1:{port}/v1"
+        for _ in range(5):
+            answer = httpx2.get(f"{url}/models", headers={"Authorization": "Bearer sk-some-other-key-000"}, timeout=60)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+        time.sleep(3)
+        assert not _replicas_of(server.pid)
+        client = openai.OpenAI(base_url=url, api_key=key, timeout=600)
+        assert client.completions.create(model="demo", prompt="Order 7", max_tokens=4).usage.completion_tokens
+        server.terminate()
+        assert server.wait(150) == 0
+    finally:
+        server.kill()
+
+
+def _is_ready(port: int) -> bool:
+    try:
+        return httpx2.get(f"http://127.0.0.1:{port}/ready", timeout=10).status_code == 200
+    except httpx2.TransportError:
+        return False
 
 
 def _wait_until(holds: Callable[[], bool], within_s: float = 60) -> None:
