@@ -126,7 +126,7 @@ def run(
         choice = choose_scope(job, shards.good, todo)
         if len(todo) > 1:
             say(choice.describe())
-        record.scope = choice.scope
+        record.scope, record.plan = choice.scope, choice.describe()
         corpus = shards.good if choice.scope == "corpus" else None
         output.remove("_SUCCESS")
         stop = _answer(spec, todo, corpus, tally, record, console, onlooker)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from jobs.predicted import print_predicted
+from pipeline.corpus_plan.manifest import CORPUS
 from pipeline.ledger import InProgress, read_bill, read_in_progress
 from pipeline.progress import bill_table, new_console
 from pipeline.storage import Storage, StorageError, public_uri
@@ -33,5 +34,6 @@ def _describe(fingerprint: str, is_done: bool, in_progress: InProgress) -> str:
     state = "complete" if is_done else "not complete: run the same command again to continue"
     lines = [f"job {fingerprint[:12]}, {state}"]
     for shard, (num_done, num_slices) in sorted(in_progress.slices_by_shard.items()):
-        lines.append(f"  shard {shard}: {num_done} of {num_slices} slices")
+        what = "all shards, planned as one corpus" if shard == CORPUS else f"shard {shard}"
+        lines.append(f"  {what}: {num_done} of {num_slices} slices")
     return "\n".join(lines)

@@ -58,8 +58,9 @@ class WorkerTime:
 class RunRecord:
     """One run over an output, written when it ends, however it ends short of being killed.
 
-    scope: what was planned together. recomputed_prefix_tokens: of prompts, computed by several actors each, since a
-    corpus' prefix order was shared out among them; where scope is `shard` that is not known.
+    scope: what was planned together; plan: why, in one line. recomputed_prefix_tokens: of prompts, computed
+    by several actors each, since a corpus' prefix order was shared out among them; where scope is `shard` that is not
+    known.
     """
 
     run: str
@@ -71,6 +72,7 @@ class RunRecord:
     num_slices_found: int = 0
     num_engine_rebuilds: int = 0
     scope: str = "shard"
+    plan: str = ""
     recomputed_prefix_tokens: int = 0
     held_s: float = 0.0
     after_slices: WorkerTime = field(default_factory=WorkerTime)
@@ -240,8 +242,17 @@ def read_in_progress(output: Storage) -> InProgress:
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
         footers = list(pool.map(lambda file: read_metadata(output, file), files))
     found.num_shards, found.num_slices = len(slices), len(files)
-    found.rows = sum(footer.get("summary", {}).get("rows", 0) for footer in footers)
+    published = {file.path.rpartition("/")[2].removesuffix(".parquet") for file in output.list(METRICS)}
+    found.rows = sum(_count_rows(footer.get("summary", {}), published) for footer in footers)
     return found
+
+
+def _count_rows(summary: dict[str, Any], published: set[str]) -> int:
+    """Rows of a slice that are in no results yet: those of a corpus are of several shards, of which some may be."""
+    by_shard = summary.get("by_shard")
+    if by_shard is None:
+        return int(summary.get("rows", 0))
+    return sum(rows for shard, (rows, _) in by_shard.items() if shard not in published)
 
 
 def _add_rates(bill: Bill) -> None:
