@@ -105,17 +105,18 @@ def test_the_table_is_pasted_between_the_markers_and_shows_red_rows(tmp_path):
             "baselines": {"torch": {"p50_ms": 0.4, "speedup": 2.0}, "gemlite": {"failure": "no"}},
         },
     ]
-    record, readme = tmp_path / "record.json", tmp_path / "README.md"
-    record.write_text(json.dumps({"config": {"kernels": rows}}))
+    record, part, readme = tmp_path / "record.json", tmp_path / "part.json", tmp_path / "README.md"
+    record.write_text(json.dumps({"config": {"kernels": rows[:2]}}))
+    part.write_text(json.dumps({"config": {"kernels": rows[1:]}}))
     readme.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
-    paste_table(record, readme)
+    paste_table([record, part], readme)
     text = readme.read_text()
     assert text == f"before\n{MARKERS[0]}\n{markdown(rows)}\n{MARKERS[1]}\nafter\n"
     assert "| a | **wrong or broken** |" in text
     assert "| c | 0.1 / 0.2 / 0.3 | 4000 | 91% |  |  | 2.00x torch; gemlite failed |" in text
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
-        paste_table(record, readme)
+        paste_table([record], readme)
 
 
 def test_the_committed_tiles_are_in_the_form_that_tuning_writes():

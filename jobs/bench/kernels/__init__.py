@@ -55,7 +55,9 @@ def bench_kernels(only: str | None = None, interpret: bool = False, tune: bool =
     console.print(markdown(rows))
     config = {"place": place, "parts": parts, "kernels": rows}
     is_correct = all(row["is_correct"] for row in rows)
-    return BenchResult("kernels", is_correct, judge(rows, place), config)
+    # A part is kept in a file of its own, so that runs of single parts add up.
+    name = "kernels" if only is None else f"kernels_{only}"
+    return BenchResult(name, is_correct, judge(rows, place), config)
 
 
 def run_part(part: str, place: str, known: list[Row]) -> list[Row]:

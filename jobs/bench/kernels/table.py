@@ -1,6 +1,6 @@
-"""The table of kernels for the README, from a kept record.
+"""The table of kernels for the README, from kept records.
 
-`python -m jobs.bench.kernels.table RECORD.json README.md` writes it between the README's markers.
+`python -m jobs.bench.kernels.table RECORD.json ... README.md` writes it between the README's markers.
 """
 
 from __future__ import annotations
@@ -47,17 +47,21 @@ def _baseline(name: str, found: dict[str, Any]) -> str:
     return f"{name} failed" if "failure" in found else f"{found['speedup']:.2f}x {name}"
 
 
-def paste_table(record: Path, readme: Path) -> None:
-    """Replace what stands between MARKERS in `readme` by the table of a kept record. ValueError without markers."""
+def paste_table(records: Sequence[Path], readme: Path) -> None:
+    """Replace what stands between MARKERS in `readme` by the table of kept records, such as one of each part.
+
+    Of a case that is in several, such as the machine's rates, the last counts. ValueError without markers.
+    """
     start, end = MARKERS
     text = readme.read_text(encoding="utf-8")
     if text.count(start) != 1 or text.count(end) != 1:
         raise ValueError(f"{readme} must have the lines {start} and {end} once each")
     before, rest = text.split(start)
     _, after = rest.split(end)
-    table = markdown(json.loads(record.read_text(encoding="utf-8"))["config"]["kernels"])
+    found = [row for record in records for row in json.loads(record.read_text(encoding="utf-8"))["config"]["kernels"]]
+    table = markdown(list({row["name"]: row for row in found}.values()))
     readme.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    paste_table(Path(sys.argv[1]), Path(sys.argv[2]))
+    paste_table([Path(path) for path in sys.argv[1:-1]], Path(sys.argv[-1]))
