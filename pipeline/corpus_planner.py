@@ -83,6 +83,8 @@ class CorpusPlanner:
         )
         for ref in done:
             yield from self._note(ray.get(ref))
+            if self.has_ended:  # whoever heard of it has cancelled
+                return
         if not self._to_sort and not self._running and not self._num_ranges:
             self._choose_ranges()
         while len(self._running) < self._num_tasks and (self._to_sort or self._to_merge):

@@ -15,7 +15,7 @@ from fake_worker import FakeWorkers, answer_to
 
 from jobs.run import run
 from pipeline.corpus_plan.manifest import CORPUS, PLANS
-from pipeline.events import CorpusPlanned, Event, ShardDone, ShardFailed, SliceDone
+from pipeline.events import CorpusPlanned, CorpusPlanning, Event, ShardDone, ShardFailed, SliceDone
 from pipeline.graph import Graph
 from pipeline.job import Job, load_job
 from pipeline.ledger import read_bill, read_metrics, read_runs
@@ -154,6 +154,25 @@ def test_auto_plans_shard_by_shard_where_nothing_is_shared(write_corpus, write_j
     assert "plan: scope shard (auto: planning the corpus as one saves" in capsys.readouterr().out
 
 
+def test_a_run_stopped_in_the_middle_of_planning_ends_and_is_planned_and_done_by_the_next(
+    write_corpus, write_job, fake_workers
+):
+    write_corpus(scattered())
+    job, workers = write_job(pool={"num_actors": [1, 2], "num_cpus": 0.5}), fake_workers()
+    graph, loaded = make_graph(job, workers)
+    for event in graph.events():
+        assert not isinstance(event, CorpusPlanned | SliceDone)
+        if isinstance(event, CorpusPlanning):
+            graph.stop()
+    assert not workers.asked() and not Storage(loaded.output.path).list("results")
+    graph, loaded = make_graph(job, workers)
+    (planned,) = of_kind(list(graph.events()), CorpusPlanned)
+    assert planned.is_new and planned.num_found == 0
+    assert responses(loaded) == expected(scattered())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_driver_killed_in_a_corpus_run_is_continued_to_the_same_bytes_as_shard_by_shard(
     write_corpus, write_job, tmp_path
 ):
