@@ -1,15 +1,24 @@
 """Compiles every kernel ahead of time, as its launcher would launch it, for GPUs that need not be here.
 
-`python compile_kernels.py all 80` (`first` instead of `all`: one launch of each kernel) prints a JSON object per
-compiled launch: registers, shared memory, and how many matrix instructions and accesses of spilled registers its
-code holds. Run by test_compiled_kernels.py in a process of its own, where Triton is not in its interpreter's mode.
+    python tests/kernels/compile_kernels.py all sm_90   # `first`: a launch of each kernel and tile; `few`: of two
+    python tests/kernels/compile_kernels.py write       # all of all architectures, into compiled_kernels.json
+
+The first prints a JSON object per compiled launch: registers, shared memory, spilled registers, matrix instructions,
+and what the hot loop is made of. Nothing is run. Called by test_compiled_kernels.py in a process of its own, where
+Triton is not in its interpreter's mode.
+
+Of NVIDIA's GPUs the machine code is read (Triton brings its own assembler and disassembler), of AMD's the assembly that
+LLVM emits, which is what is assembled.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -18,6 +27,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import kernels.int4_linear
 from kernels import paged_attention
 from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
 from kernels.int4_linear import Int4Linear, QuantizedWeight
@@ -30,6 +40,13 @@ from kernels.sampling import AllowedTokens, Penalties, SamplingBatch, sample_tri
 from kernels.silu_mul import silu_mul_triton
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
+TABLE = Path(__file__).with_name("compiled_kernels.json")
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
 POINTERS = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -38,8 +55,27 @@ POINTERS = {
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.uint8: "*u8",
 }
-OPTIONS = ("num_warps", "num_stages")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+
+SASS = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)(.*)"
+SASS_LABEL = r"^\s*(\.L_x_\d+):"
+SASS_BRANCH = r"\(?(\.L_x_\d+)\)?"
+GCN = r"^\s+((?:v|s|ds|global|buffer|flat|scratch)_[a-z0-9_]+)(.*)"
+GCN_LABEL = r"^(\.LBB\d+_\d+):"
+GCN_BRANCH = r"(\.LBB\d+_\d+)"
+KINDS = {
+    "mma": r"HGMMA|HMMA|UTCHMMA|v_mfma",
+    "loads": r"LDG|LDS|LDSM|UTMALDG|UBLKCP|LDTM|ds_(?:read|load)|global_load|buffer_load",
+    "stores": r"ST[GSL]|STSM|STTM|ds_write|ds_store|global_store|buffer_store",
+    "other": r"BAR|BRA|DEPBAR|LDGDEPBAR|WARPGROUP|MEMBAR|FENCE|NOP|SYNCS|ERRBAR|WARPSYNC|s_",
+}
+"""By the beginning of an instruction's name; what is none of these is arithmetic ("alu")."""
+MULTIPLYING = ("attend_kernel", "int4_linear_kernel")
+FEWEST_ROWS = 16
+COLUMNS = ("registers", "stack", "shared", "spills", "mma", "instructions", "loop", "per_unit")
+MIX = ("mma", "loads", "stores", "other", "alu")
 
 
 class Recorder:
@@ -56,8 +92,11 @@ class Recorder:
         return launch
 
 
-def launch_everything(recorder):
-    """Call each launcher with the shapes of an 8B Llama; nothing is computed."""
+def launch_everything(recorder, arch):
+    """Call each launcher with the shapes of an 8B Llama; nothing is computed.
+
+    float16 only with one head dimension and one group size: its code is bfloat16's with other names.
+    """
     for dtype in (torch.bfloat16, torch.float16):
         recorder.label = str(dtype).removeprefix("torch.")
         x = torch.zeros(16, 4096, dtype=dtype)
@@ -70,11 +109,13 @@ def launch_everything(recorder):
         pages = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in new_kv_pages(32, 8, 16, 128, dtype, k.device)]
         write_kv_triton(k, k, *pages, torch.arange(16))
         write_quantized_kv_triton(k, k, *new_quantized_pages(32, 8, 16, 128, k.device), torch.arange(16))
-        for head_dim in (64, 80, 128, 256):
+        is_bf16 = dtype == torch.bfloat16
+        for bits in (4, 8):
+            for group_size in (32, 64, 128) if is_bf16 else (128,):
+                for zeros in (True, False):  # `first` then has what takes most instructions
+                    launch_int4(recorder, bits, group_size, zeros, dtype)
+        for head_dim in (64, 80, 128, 256) if is_bf16 else (128,):
             launch_attention(recorder, head_dim, dtype)
-        for group_size in (32, 64, 128):
-            for zeros in (False, True):
-                launch_int4(recorder, group_size, zeros, dtype)
     recorder.label = "sampling"
     rows = torch.zeros(4)
     ids = torch.zeros(4, dtype=torch.int64)
@@ -93,18 +134,18 @@ def launch_attention(recorder, head_dim, dtype):
         paged_attention.paged_attention_triton(torch.zeros(16, 32, head_dim, dtype=dtype), *pages, batch, 0.1, window)
 
 
-def launch_int4(recorder, group_size, zeros, dtype):
-    q = torch.zeros(512, 1024, dtype=torch.uint8)
-    groups = torch.ones(512, 1024 // group_size)
-    layer = Int4Linear(
-        QuantizedWeight(q, groups, group_size, groups.byte() if zeros else None),
-        None,
-        dtype=dtype,
-        device=torch.device("cpu"),
-    )
-    for num_rows in (16, 32, 64, 300):
-        recorder.label = f"{str(dtype).removeprefix('torch.')} g{group_size} zeros={zeros} M={num_rows}"
-        layer(torch.zeros(num_rows, 1024, dtype=dtype))
+def launch_int4(recorder, bits, group_size, zeros, dtype):
+    """Each tile of tuned.json, and the expansion. K is that of an 8B model, as splits and strides follow from it."""
+    q = torch.zeros(128, 4096, dtype=torch.uint8)
+    scale = torch.ones(128, 4096 // group_size)
+    weight = QuantizedWeight(q, scale, group_size, scale.byte() if zeros else None, bits)
+    layer = Int4Linear(weight, None, dtype=dtype, device=torch.device("cpu"))
+    kind = f"{str(dtype).removeprefix('torch.')} int{bits} g{group_size}{' zeros' if zeros else ''}"
+    for tile in layer.tiles:
+        recorder.label = f"{kind} M={tile.max_rows}"
+        layer(torch.zeros(tile.max_rows, 4096, dtype=dtype))
+    recorder.label = kind
+    layer.expand()
 
 
 def compile_launch(kernel, args, kwargs, arch):
@@ -112,8 +153,9 @@ def compile_launch(kernel, args, kwargs, arch):
     function = kernel.jit_function()
     names = function.arg_names
     values = dict(zip(names, args)) | {k: v for k, v in kwargs.items() if k not in OPTIONS}
+    is_cuda = TARGETS[arch].backend == "cuda"
     if "ASM" in values:
-        values["ASM"] = True  # as on a CUDA tensor
+        values["ASM"] = is_cuda  # as on a tensor there
     signature, constants, attributes = {}, {}, {}
     for position, name in enumerate(names):
         value = values[name]
@@ -131,42 +173,148 @@ def compile_launch(kernel, args, kwargs, arch):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    if not is_cuda:
+        options.pop("maxnreg", None)
+    return triton.compile(source, target=TARGETS[arch], options=options)
 
 
-def describe(compiled):
+def describe(compiled, arch):
+    """Registers per thread, bytes of stack and shared memory, spilling instructions, and the hot loop."""
+    if TARGETS[arch].backend == "hip":
+        return describe_gcn(compiled)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
         code = subprocess.run([TOOLS / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()
+    names, loops = read_loops(code, SASS, SASS_LABEL, SASS_BRANCH, "BRA")
     return {
         "registers": int(registers),
         "stack": int(stack),
         "shared": compiled.metadata.shared,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "mma": len(re.findall(r"\b(?:HGMMA|HMMA)\.", code)),
-        "async_copies": len(re.findall(r"\bLDGSTS\.", code)),
-        "instructions": len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", code, re.M)),
+        "spills": sum(name.split(".")[0] in ("LDL", "STL") for name in names),
+        **describe_code(names, loops),
     }
 
 
-def main(which, arch):
+def describe_gcn(compiled):
+    code = compiled.asm["amdgcn"]
+
+    def entry(key):
+        return int(re.search(rf"\.{key}:\s*(\d+)", code)[1])
+
+    names, loops = read_loops(code, GCN, GCN_LABEL, GCN_BRANCH, ("s_cbranch", "s_branch"))
+    return {
+        "registers": entry("vgpr_count"),
+        "stack": entry("private_segment_fixed_size"),
+        "shared": entry("group_segment_fixed_size") or compiled.metadata.shared,
+        # Scalar registers spill into lanes of vector registers, not to memory.
+        "spills": entry("vgpr_spill_count"),
+        **describe_code(names, loops),
+    }
+
+
+def read_loops(code, instruction, label, target, branch):
+    """All instructions' names, and (first, last) of each stretch that a branch goes back over."""
+    names, labels, loops = [], {}, []
+    for line in code.splitlines():
+        if found := re.match(label, line):
+            labels[found[1]] = len(names)
+        elif found := re.match(instruction, line):
+            names.append(found[1])
+            to = re.search(target, found[2]) if found[1].startswith(branch) else None
+            if to and labels.get(to[1], len(names)) < len(names) - 1:
+                loops.append((labels[to[1]], len(names) - 1))
+    return names, loops
+
+
+def describe_code(names, loops):
+    """The whole and the hot loop: the longest innermost one that multiplies matrices, else the longest innermost."""
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [Counter(kind_of(name) for name in names[first : last + 1]) for first, last in innermost]
+    bodies = [body for body in bodies if body["mma"]] or bodies
+    loop = max(bodies, key=lambda body: body.total(), default=Counter())
+    return {
+        "mma": sum(kind_of(name) == "mma" for name in names),
+        "instructions": len(names),
+        "loop": {kind: loop[kind] for kind in MIX},
+    }
+
+
+def kind_of(name):
+    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, name)), "alu")
+
+
+def units_of(name, args, kwargs, kernel):
+    """What one turn of the hot loop works on: weights of int4_linear, bytes of keys and values of attention."""
+    if name == "int4_linear_kernel":
+        return kwargs["COLUMNS"] * kwargs["DEPTH"]
+    if name == "attend_kernel":
+        values = dict(zip(kernel.jit_function().arg_names, args)) | kwargs
+        return 2 * values["KEYS"] * values["head_dim"] * values["k_pages"].element_size()
+    return None
+
+
+def compile_all(which, arch):
+    """Yield a row per compiled launch; which: "all", "first" of each kernel and tile, or "few" of them."""
     recorder = Recorder()
     KernelOnDemand.__getitem__ = lambda kernel, grid: recorder.record(kernel, grid)
-    paged_attention.is_hopper = lambda device: arch >= 90
-    launch_everything(recorder)
+    paged_attention.is_hopper = lambda device: arch in ("sm_90", "sm_100")
+    kernels.int4_linear.architecture_of = lambda device: arch
+    launch_everything(recorder, arch)
     seen = set()
     for label, kernel, args, kwargs in recorder.launches:
         name = kernel.function.__name__.strip("_")
         rows = kwargs.get("ROWS")
-        if which == "first" and (name, rows) in seen:
+        key = (name, rows, label) if which == "all" else (name, rows)
+        if key in seen or (which == "few" and (name not in MULTIPLYING or rows != FEWEST_ROWS)):
             continue
-        seen.add((name, rows))
-        result = describe(compile_launch(kernel, args, kwargs, arch))
-        print(json.dumps({"kernel": name, "rows": rows, "label": label, "arch": arch, **result}), flush=True)
+        seen.add(key)
+        row = describe(compile_launch(kernel, args, kwargs, arch), arch)
+        threads = kwargs.get("num_warps", 4) * TARGETS[arch].warp_size
+        units = units_of(name, args, kwargs, kernel)
+        row["per_unit"] = units and round(sum(row["loop"].values()) * threads / units, 3)
+        yield {"kernel": name, "rows": rows, "label": label, "arch": arch, **row}
+
+
+def write_table():
+    """Compile everything for all architectures, two at a time, and write TABLE."""
+
+    def compile_for(arch):
+        command = [sys.executable, __file__, "all", arch]
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{arch}: {done.stderr[-4000:]}")
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = [row for found in pool.map(compile_for, TARGETS) for row in found]
+    TABLE.write_text(format_table(rows), encoding="utf-8")
+
+
+def format_table(rows):
+    """One line per row, so that a change is read in a diff."""
+    head = {"triton": triton.__version__, "columns": ["arch", "kernel", "rows", "label", *COLUMNS], "loop": MIX}
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["arch"], row["kernel"], row["label"], row["rows"] or 0)):
+        values = [row["arch"], row["kernel"], row["rows"], row["label"]]
+        values += [[row["loop"][k] for k in MIX] if name == "loop" else row[name] for name in COLUMNS]
+        lines.append(json.dumps(values, separators=(",", ":")))
+    return json.dumps(head)[:-1] + ', "table": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def read_table():
+    """The committed rows by (arch, kernel, rows, label)."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
+    rows = [dict(zip(table["columns"], values)) for values in table["table"]]
+    return {(row["arch"], row["kernel"], row["rows"], row["label"]): row for row in rows}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "write":
+        write_table()
+    else:
+        for found_row in compile_all(sys.argv[1], sys.argv[2]):
+            print(json.dumps(found_row), flush=True)
