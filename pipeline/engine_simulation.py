@@ -252,12 +252,13 @@ class _Run:
         num_chunks = sum(
             self._left_prompt[row] < rows.prompt_N[row] and count > 1 for row, count in prompts.items()
         ) + (len(decoding_X) if num_verified >= 2 * len(decoding_X) else 0)
+        num_together = min(num_read, self._num_read_together([*decoding_X.tolist(), *prompts]))
         seconds = num_steps * float(
             self._times.seconds(
                 num_prompt_tokens + num_verified,
                 len(decoding_X) + len(prompts),
                 num_rows,
-                max(0.0, num_read - self._num_read_together([*decoding_X.tolist(), *prompts])),
+                num_read - num_together,
                 self._share_drawn * num_rows,
                 num_chunks,
             )
@@ -267,6 +268,7 @@ class _Run:
         num_tokens, num_requests = num_prompt_tokens + num_verified, len(decoding_X) + len(prompts)
         token_s = float(self._times.seconds(num_tokens, num_requests, num_requests, 0, num_chunks=0)) / num_tokens
         read_s = self._times.attention_s_per_read
+        read_s *= 1 - num_together / max(1.0, num_read)  # what is read once is shared by those who need it
         weight = num_prompt_tokens * token_s + num_read_by_prompts * read_s
         self._prefill_s += seconds * weight / (num_tokens * token_s + num_read * read_s)
         self._num_steps += num_steps
