@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from driver import Driver
 from fake_worker import FakeWorkers, answer_to
 
@@ -169,6 +170,25 @@ def test_a_run_stopped_in_the_middle_of_planning_ends_and_is_planned_and_done_by
     (planned,) = of_kind(list(graph.events()), CorpusPlanned)
     assert planned.is_new and planned.num_found == 0
     assert responses(loaded) == expected(scattered())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_an_admission_that_dies_in_mid_run_forgets_and_every_row_is_answered_all_the_same(
+    write_corpus, write_job, fake_workers
+):
+    shards = scattered(questions=30)
+    write_corpus(shards)
+    job, workers = write_job(pool={"max_slices_in_flight": 2}), fake_workers(delay_s=0.3)
+    graph, loaded = make_graph(job, workers)
+    told = Counter()
+    for event in graph.events():
+        if isinstance(event, SliceDone):
+            told[event.index] += 1
+            if told.total() == 4:
+                ray.kill(graph._gate, no_restart=False)
+    assert set(told.values()) == {1}
+    assert responses(loaded) == expected(shards)
 
 
 @pytest.mark.slow
