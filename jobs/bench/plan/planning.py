@@ -7,6 +7,7 @@ engine per row, which answers neighbours in that plan with 32 tokens each, on al
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import resource
@@ -167,14 +168,14 @@ def _some(manifest: CorpusManifest) -> range:
 
 
 def _write_job(folder: Path, num_rows: int, console: Console) -> Job:
-    """Documents with ten questions each, scattered over shards; a prompt has about ROW_TOKENS tokens."""
+    """Documents with ten questions each, scattered over shards; a prompt has ROW_TOKENS tokens or a few more."""
     (folder / "corpus").mkdir(parents=True)
     rng = np.random.default_rng(0)
     words = np.array(["".join(chr(c) for c in rng.integers(97, 123, rng.integers(2, 9))) for _ in range(2000)])
     sentences = [" ".join(words[rng.integers(0, len(words), 8)]) + ". " for _ in range(SENTENCES)]
     tokenizer = load_tokenizer(named_models()["demo"])
-    mean_tokens = np.mean([len(ids) for ids in tokenizer(sentences[:500], add_special_tokens=False)["input_ids"]])
-    num_sentences = max(2, round(ROW_TOKENS / mean_tokens))
+    mean_tokens = len(tokenizer("".join(sentences[:500]), add_special_tokens=False, verbose=False)["input_ids"]) / 500
+    num_sentences = max(2, math.ceil(ROW_TOKENS / mean_tokens))
     num_shared = round(num_sentences * 2 / 3)
     documents = (num_rows + QUESTIONS - 1) // QUESTIONS
     order = rng.permutation(num_rows)
