@@ -209,12 +209,13 @@ def test_a_pool_that_no_cluster_here_can_hold_is_refused(ray_cluster, write_corp
         run(str(write_job(pool={"num_actors": 500})), [], new_worker=fake_workers())
 
 
+@pytest.mark.parametrize(("scope", "num_duplicates"), [("shard", 18 + 6), ("corpus", 36)])
 def test_the_bill_of_a_real_engine_adds_up_to_the_time_that_the_device_was_held(
-    ray_cluster, write_corpus, write_job, tmp_path, capsys
+    scope, num_duplicates, ray_cluster, write_corpus, write_job, tmp_path, capsys
 ):
     prompts = [f"A shared beginning of some length, then row {i % 12}" for i in range(48)]
     write_corpus({"a": prompts[:30], "b": prompts[30:]})
-    assert run(str(write_job(sampling={"max_tokens": 30})), []) == 0
+    assert run(str(write_job(sampling={"max_tokens": 30}, plan={"scope": scope})), []) == 0
     said = capsys.readouterr().out
     assert "48: 48 answered, no errors" in said and str(tmp_path / "out") in said
     output = Storage(str(tmp_path / "out"))
@@ -231,7 +232,7 @@ def test_the_bill_of_a_real_engine_adds_up_to_the_time_that_the_device_was_held(
     )
     assert bill["lost_s"] == pytest.approx(0.0, abs=1e-6), "nothing broke, so the engine's busy time is all on rows"
     assert bill["device_seconds"] == pytest.approx(record.held_s, abs=0.5), "measured by another clock"
-    assert bill["rows_duplicate"] == sum(row["rows_duplicate"] for row in read_metrics(output)) == 18 + 6
+    assert bill["rows_duplicate"] == sum(row["rows_duplicate"] for row in read_metrics(output)) == num_duplicates
     assert 0 < bill["prefix_hit_rate"] <= 1
     for column in ("prompt_tokens", "cached_tokens", "completion_tokens"):
         assert bill[column] == sum(sum(table[column].to_pylist()) for table in tables)
