@@ -2,7 +2,7 @@
 times it.
 
 Both deploy the endpoint as `shoal serve` does. `--only overhead` or `--only soak` is one of them alone; `--minutes` is
-the soak's length.
+the soak's length. RAY_SERVE_ENABLE_HA_PROXY=1 measures with HAProxy. Needs psutil, of the extra `dev`.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import asyncio
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import tempfile
 import time
@@ -87,6 +88,7 @@ def measure_overhead(console: Console) -> tuple[bool, list[Bar], dict[str, Any]]
             _measure(case, folder, console)
     bars = [bar for case in cases for bar in _bars_of(case)]
     config = {
+        "haproxy": os.environ.get("RAY_SERVE_ENABLE_HA_PROXY") == "1",
         "in_flight": NUM_IN_FLIGHT,
         "new_tokens": NUM_NEW,
         "engine": cases[0].settings["engine"],

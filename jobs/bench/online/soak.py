@@ -44,8 +44,9 @@ SETTINGS: dict[str, Any] = {
     "model": "demo",
     "served_model_name": "bench",
     "engine": {"device": "cpu", "num_threads": 1, "max_num_seqs": 16},
-    "limits": {"max_queue": 8, "max_choices": 8},
+    "limits": {"max_queue": 4, "max_choices": 4},
 }
+"""As many may wait for each that runs as by default: 64 beside 256."""
 
 
 @dataclass(slots=True)
