@@ -64,6 +64,7 @@ def cases() -> list[Case]:
         "sampling": {"max_tokens": 4, "ignore_eos": True},
         "engine": {"num_threads": 1},
         "pool": {"num_cpus": 0.25},
+        "plan": {"slice_tokens": 4096},  # some dozen slices, for four actors to have something to divide
     }
     found = [Case("documents", documents(60, 12), settings)]
     if (SHARED / "gsm8k_test_cot8").is_dir():
