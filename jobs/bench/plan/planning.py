@@ -91,12 +91,13 @@ def measure(folder: Path, console: Console, num_rows: int) -> tuple[bool, list[B
 
 
 class _Spent:
-    """What the planning processes took: seconds, and the largest of them."""
+    """What the planning processes took: seconds, the memory of the largest, and that of the driver at the most."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self.by_step: dict[str, float] = {}
         self.peak_gib = 0.0
+        self.driver_gib = 0.0
 
     @property
     def seconds(self) -> float:
@@ -105,6 +106,7 @@ class _Spent:
     def note(self, step: str, seconds: float, peak_gib: float) -> None:
         self.by_step[step] = self.by_step.get(step, 0.0) + seconds
         self.peak_gib = max(self.peak_gib, peak_gib)
+        self.driver_gib = max(self.driver_gib, _resident_gib())
 
     def say(self, step: str, num_done: int, num_tasks: int) -> None:
         if num_done == num_tasks or num_done % max(1, num_tasks // 10) == 0:
@@ -119,7 +121,7 @@ def _plan(job: Job, spent: _Spent) -> tuple[CorpusManifest, float]:
     storage, settings = Storage(job.output.path), plan_settings(job.plan)
     shards = list_shards(job).good
     folder = plan_folder(job.fingerprint(), settings, planned_shards(shards))
-    before = _peak_gib()
+    before = _resident_gib()
     context = multiprocessing.get_context("spawn")  # a fork would begin with all that this process holds
     with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context) as pool:
         tasks = [(_sort, (job, shard, folder)) for shard in shards]
@@ -127,7 +129,7 @@ def _plan(job: Job, spent: _Spent) -> tuple[CorpusManifest, float]:
         ranges = choose_ranges(sorted_shards)
         plans = _run_all(pool, "merging", [(_merge, (job, folder, range_)) for range_ in ranges], spent)
     manifest = finish_plan(storage, folder, job.fingerprint(), settings, shards_of(sorted_shards), plans)
-    return manifest, _peak_gib() - before
+    return manifest, max(spent.driver_gib, _resident_gib()) - before
 
 
 def _run_all(
@@ -160,6 +162,12 @@ def _merge(job: Job, folder: str, range_: Any) -> tuple[Any, float, float]:
 
 def _peak_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _resident_gib() -> float:
+    """Of this process now: what it held before, while it made the corpus, is not to hide that it grows."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**30
 
 
 def _some(manifest: CorpusManifest) -> range:
