@@ -37,7 +37,7 @@ from kernels.backend import (
     write_kv,
 )
 from kernels.cpu_linear import dtype_name
-from kernels.int4_linear import QuantizedWeight, dequantize
+from kernels.int4_linear import PLANE_BITS, QuantizedWeight, dequantize
 from kernels.quantized_kv import SCALE_BYTES, Pages, new_quantized_pages
 
 logger = logging.getLogger(__name__)
@@ -95,9 +95,10 @@ class Decoder:
         self.max_model_len = max_model_len
         self.eos_token_ids = checkpoint.eos_token_ids
         self.notes = notes
-        self._deterministic = deterministic
+        self.deterministic = deterministic
         self._embedding_VH = embedding_VH
         self._layers = layers
+        self.windows = {layer.window for layer in layers}
         # The norm that follows each layer: the next layer's first, at the end the final one.
         self._next_norms = [layer.input_norm_H for layer in layers[1:]] + [final_norm_H]
         self._head = head
@@ -107,7 +108,7 @@ class Decoder:
 
     def new_kv(self, num_pages: int, page_size: int) -> KVPages:
         """Allocate zeroed pages for all layers. ValueError if they cannot be attended to deterministically and must."""
-        if self._deterministic:
+        if self.deterministic:
             check_fixed_order_attention(self.head_dim, page_size, self.dtype, self.device)
         shape = num_pages, self.num_kv_heads, page_size, self.head_dim
         if self.kv_dtype == torch.int8:
@@ -153,7 +154,7 @@ class Decoder:
                     return torch.empty(0, self.vocab_size, device=self.device)
                 attended_TF, residual_TH = attended_TF[last_rows], residual_TH[last_rows]
             x_TH = add_rms_norm(layer.output(attended_TF), residual_TH, layer.post_attention_norm_H, self._eps)
-            x_TH = layer.down(silu_mul(layer.gate_up(x_TH), self._deterministic))
+            x_TH = layer.down(silu_mul(layer.gate_up(x_TH), self.deterministic))
             x_TH = add_rms_norm(x_TH, residual_TH, self._next_norms[i], self._eps)
         return self._head(x_TH).float()
 
@@ -178,7 +179,7 @@ class Decoder:
         rope(q_TND, k_TKD, positions_T, self._cos_LR, self._sin_LR, batch.cache)
         k_pages, v_pages = pages
         write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
-        attended_TND = paged_attention(q_TND, k_pages, v_pages, batch, self._scale, layer.window, self._deterministic)
+        attended_TND = paged_attention(q_TND, k_pages, v_pages, batch, self._scale, layer.window, self.deterministic)
         return attended_TND.reshape(num_tokens, num_heads * self.head_dim)
 
 
@@ -262,7 +263,8 @@ class _Loader:
     def _prepare(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, order_K: Tensor | None = None) -> Linear:
         # How a weight is multiplied is a choice that only a CPU has.
         compute = self.config.linear_compute if self.device.type == "cpu" else "auto"
-        if isinstance(weight, QuantizedWeight) and weight.bits != 4:
+        products = PLANE_BITS if self.device.type == "cuda" else (4,)
+        if isinstance(weight, QuantizedWeight) and weight.bits not in products:
             dtype = dtype_name(self.dtype)
             self.decoded[f"{weight.bits}-bit weights are multiplied as a copy in {dtype}: no product takes them"] += 1
             if self.device.type == "cuda":

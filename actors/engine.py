@@ -37,6 +37,7 @@ from actors.runner import Runner, SampledToken
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
 from actors.speculation import Speculation
+from actors.step_graphs import capture_cuda_graph
 from actors.step_measurement import Limits, load_or_measure_step_times
 from actors.stopping import finish_reason_of, text_of
 from actors.weights.checkpoint import load_tokenizer, open_checkpoint
@@ -105,6 +106,8 @@ class Engine:
                 "raise engine.kv_cache_bytes for longer ones"
             )
         self._runner = Runner(self.decoder, num_pages, config.page_size, config.enable_prefix_groups)
+        if self.device.type == "cuda" and not config.enforce_eager:
+            self.notes.append(self._runner.capture_graphs(config.max_num_seqs, capture_cuda_graph()))
         most_tokens = config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
         started_measuring = time.perf_counter()
         self.step_times = load_or_measure_step_times(

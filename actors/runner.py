@@ -6,18 +6,22 @@ Called by the engine once per step. Knows no waiting and no stopping.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from actors.decoder import Decoder
 from actors.drafters.grammar import ban
 from actors.prefix_groups import group_by_prefix
 from actors.scheduler import StepPlan
 from actors.sequence import Sequence
+from actors.step_graphs import Capture, StepArrays, StepGraphs
 from actors.step_times import StepTimes
 from actors.stopping import banned_tokens
 from kernels.attention_batch import AttentionBatch, PrefixGroup
+from kernels.attention_plan import ranges
 from kernels.backend import sample
 from kernels.sampling import AllowedTokens, Penalties, SamplingBatch
 
@@ -52,9 +56,16 @@ class Runner:
         self._page_size = page_size
         self._enable_prefix_groups = enable_prefix_groups
         self._kv = decoder.new_kv(num_pages, page_size)
+        self._graphs: StepGraphs | None = None
+        self._tables: dict[Sequence, tuple[list[int], NDArray[np.int64]]] = {}
         self._grouped: list[Sequence] = []
         self._order: list[int] = []
         self._groups: list[PrefixGroup] = []
+
+    def capture_graphs(self, max_num_seqs: int, capture: Capture) -> str:
+        """Capture steps without prompts, for all from now on; returns what a user may want to know of it."""
+        self._graphs = StepGraphs(self._decoder, self._kv, self._page_size, max_num_seqs, capture)
+        return self._graphs.describe()
 
     def run(self, plan: StepPlan, times: StepTimes) -> tuple[dict[Sequence, list[SampledToken]], list[float]]:
         """Compute a plan, drafts included.
@@ -69,10 +80,13 @@ class Runner:
         sequences = [plan.sequences[i] for i in order]
         drafts = [plan.drafts.get(sequence, _NO_DRAFT) for sequence in sequences]
         num_tokens = [plan.num_tokens[i] + len(draft) for i, draft in zip(order, drafts)]
+        self._tables = {sequence: self._table_of(sequence) for sequence in sequences}
+        # Triton's plans are made of arrays, those of a CPU of single pages, which are faster as lists.
+        page_ids: list[Any] = [pages if self._device.type == "cpu" else table for pages, table in self._tables.values()]
         batch = AttentionBatch(
             query_lens=num_tokens,
             context_lens=[s.num_computed + count for s, count in zip(sequences, num_tokens)],
-            page_ids=[s.pages for s in sequences],
+            page_ids=page_ids,
             page_size=self._page_size,
             groups=groups,
         )
@@ -109,33 +123,47 @@ class Runner:
             )
         return self._order, self._groups
 
+    def _table_of(self, sequence: Sequence) -> tuple[list[int], NDArray[np.int64]]:
+        """A sequence's pages as a list, which is another one whenever it changes, and as an array."""
+        known = self._tables.get(sequence)
+        return known if known and known[0] is sequence.pages else (sequence.pages, np.array(sequence.pages, np.int64))
+
     def _forward(
         self, sequences: list[Sequence], drafts: list[list[int]], batch: AttentionBatch
     ) -> tuple[torch.Tensor, list[_Position]]:
-        size = self._page_size
         token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
         rows: list[int] = []
         sampled: list[_Position] = []
         for sequence, draft, stop in zip(sequences, drafts, batch.context_lens):
-            start, num_known, pages = sequence.num_computed, len(sequence.token_ids), sequence.pages
-            token_ids += sequence.token_ids[start:stop]
+            token_ids += sequence.token_ids[sequence.num_computed : stop]
             token_ids += draft
-            positions += range(start, stop)
-            slots += [pages[p // size] * size + p % size for p in range(start, stop)]
-            if stop >= num_known:
+            if stop >= len(sequence.token_ids):
                 rows += range(len(token_ids) - 1 - len(draft), len(token_ids))
                 sampled += [_Position(sequence, draft, num_drafts) for num_drafts in range(len(draft) + 1)]
+        positions_T, slots_T = self._places(sequences, batch)
+        arrays = StepArrays(np.array(token_ids, np.int64), positions_T, slots_T)
+        if self._graphs is not None and len(rows) == len(token_ids):
+            logits = self._graphs.forward(arrays, batch)
+            if logits is not None:
+                return logits, sampled
         logits = self._decoder.forward(
-            torch.tensor(token_ids, device=self._device),
-            torch.tensor(positions, device=self._device),
-            torch.tensor(slots, device=self._device),
+            to_device(arrays.token_ids_T, self._device),
+            to_device(positions_T, self._device),
+            to_device(slots_T, self._device),
             self._kv,
             batch,
-            torch.tensor(rows, device=self._device, dtype=torch.int64),
+            to_device(np.array(rows, np.int64), self._device),
         )
         return logits, sampled
+
+    def _places(self, sequences: list[Sequence], batch: AttentionBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Positions and KV slots of a step's tokens."""
+        tables = [table for _, table in self._tables.values()]
+        counts, contexts = np.array(batch.query_lens, np.int64), np.array(batch.context_lens, np.int64)
+        positions_T = ranges(contexts - counts, counts)
+        sizes = np.array([len(table) for table in tables], np.int64)
+        page_T = np.repeat(np.cumsum(sizes) - sizes, counts) + positions_T // self._page_size
+        return positions_T, np.concatenate(tables)[page_T] * self._page_size + positions_T % self._page_size
 
     def _sample(self, logits: torch.Tensor, positions: list[_Position]) -> dict[Sequence, list[SampledToken]]:
         tokens: dict[Sequence, list[SampledToken]] = {}
@@ -165,25 +193,41 @@ class Runner:
             v_pages[target, :, :num_tokens] = v_pages[source, :, :num_tokens]
 
 
+def to_device(array: NDArray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor; to a GPU it goes without waiting for what the GPU is doing."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 def build_sampling_batch(
     positions: list[_Position], eos_token_ids: tuple[int, ...], device: torch.device
 ) -> SamplingBatch:
     """Gather how each token is sampled; the position of a token is its index in the whole sequence."""
     params = [position.sequence.request.sampling for position in positions]
+    floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], np.float32)
+    temperature_B, top_p_B, min_p_B = to_device(np.ascontiguousarray(floats.T), device)
+    integers = np.array(
+        [
+            [max(p.top_k, 0) for p in params],
+            [position.sequence.seed for position in positions],
+            [len(position.sequence.token_ids) + position.num_drafts for position in positions],
+        ],
+        np.int64,
+    )
+    top_k_B, seed_B, position_B = to_device(integers, device)
     banned = [
         (row, token)
         for row, position in enumerate(positions)
         if position.sequence.matcher is None
         for token in banned_tokens(position.sequence, position.num_drafts, eos_token_ids)
     ]
-    indices = [len(position.sequence.token_ids) + position.num_drafts for position in positions]
     return SamplingBatch(
-        temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        top_k_B=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int64, device=device),
-        top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        min_p_B=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        seed_B=torch.tensor([position.sequence.seed for position in positions], dtype=torch.int64, device=device),
-        position_B=torch.tensor(indices, dtype=torch.int64, device=device),
+        temperature_B=temperature_B,
+        top_k_B=top_k_B,
+        top_p_B=top_p_B,
+        min_p_B=min_p_B,
+        seed_B=seed_B,
+        position_B=position_B,
         num_top_logprobs=max((p.logprobs or 0) for p in params),
         penalties=_build_penalties(positions, device),
         banned=banned or None,

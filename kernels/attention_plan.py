@@ -106,54 +106,82 @@ def plan_attention(
     )
 
 
-class PlanBuffers:
-    """Memory for the plans of many steps, one after the other; `plan` is what a kernel reads.
+@dataclass(frozen=True, slots=True)
+class PlanRoom:
+    """How large a step's plan may be: query tokens, parts, rows of partial results, entries of page tables."""
 
-    Steps of up to num_tokens query tokens in at most as many requests. A step that has more parts, pages or partial
-    results than there is room for does not fit.
+    num_tokens: int
+    num_small: int
+    num_large: int
+    num_slots: int
+    num_page_ids: int
+
+    def holds(self, arrays: PlanArrays) -> bool:
+        return (
+            len(arrays.positions_T) <= self.num_tokens
+            and len(arrays.small_parts) <= self.num_small
+            and len(arrays.large_parts) <= self.num_large
+            and arrays.num_slots <= self.num_slots
+            and len(arrays.page_ids) <= self.num_page_ids
+        )
+
+
+class PlanBuffers:
+    """Memory for the plans of many steps, one after the other, that stays where it is: captured graphs read it.
+
+    room: of the largest plan. Graphs of smaller ones see the first part of each array.
     """
 
-    def __init__(
-        self, num_tokens: int, num_small: int, num_large: int, num_page_ids: int, device: torch.device
-    ) -> None:
-        num_slots = num_small * SMALL_ROWS + num_large * LARGE_ROWS
+    def __init__(self, room: PlanRoom, device: torch.device) -> None:
         self._sizes = [
-            num_small * FIELDS,
-            num_large * FIELDS,
-            num_tokens,
-            num_page_ids,
-            num_tokens,
-            num_tokens + 1,
-            num_slots,
+            room.num_small * FIELDS,
+            room.num_large * FIELDS,
+            room.num_tokens,
+            room.num_tokens,
+            room.num_tokens + 1,
+            room.num_slots,
+            room.num_page_ids,
         ]
-        self._starts = [0, *np.cumsum(self._sizes)]
         self._host = torch.zeros(sum(self._sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._values = self._host.numpy()
         self._device = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
-        small, large, positions, pages, tokens, starts, slots = self._device.split(self._sizes)
-        self.plan = AttentionPlan(
-            small.view(-1, FIELDS), large.view(-1, FIELDS), positions, pages, num_slots, tokens, starts, slots
-        )
 
     @property
     def num_bytes(self) -> int:
         """On the device."""
         return self._device.numel() * self._device.itemsize
 
-    def fits(self, arrays: PlanArrays) -> bool:
-        return all(part.size <= size for part, size in zip(arrays.arrays(), self._sizes))
+    def plan(self, room: PlanRoom) -> AttentionPlan:
+        """The plan that a graph captures which has this room."""
+        small, large, positions, tokens, starts, slots, pages = self._device.split(self._sizes)
+        return AttentionPlan(
+            small_parts=small.view(-1, FIELDS)[: room.num_small],
+            large_parts=large.view(-1, FIELDS)[: room.num_large],
+            positions_T=positions[: room.num_tokens],
+            page_ids=pages,
+            num_slots=room.num_slots,
+            merged_tokens=tokens[: room.num_tokens],
+            merged_slot_starts=starts[: room.num_tokens + 1],
+            merged_slots=slots,
+        )
 
-    def load(self, arrays: PlanArrays) -> None:
-        """Write a step that fits; what was read from here before must have been computed."""
-        for i, (part, start, size) in enumerate(zip(arrays.arrays(), self._starts, self._sizes)):
-            room = self._values[start : start + size]
-            room[: part.size] = part.ravel()
-            # Behind the parts none with tokens, behind the merged tokens none. Nothing reads behind the others.
-            room[part.size :] = -1 if i == _MERGED_TOKENS else 0
-        self._device.copy_(self._host, non_blocking=True)
-
-
-_MERGED_TOKENS = 4
+    def load(self, arrays: PlanArrays, room: PlanRoom) -> None:
+        """Write a plan for which there is room; what was read from here before must have been computed."""
+        # Each array, the size that a graph reads of it, and what stands behind its end. Nothing reads behind the last.
+        fills = (
+            (arrays.small_parts, room.num_small * FIELDS, 0),
+            (arrays.large_parts, room.num_large * FIELDS, 0),
+            (arrays.positions_T, room.num_tokens, 0),
+            (arrays.merged_tokens, room.num_tokens, -1),
+            (arrays.merged_slot_starts, room.num_tokens + 1, 0),
+            (arrays.merged_slots, arrays.merged_slots.size, 0),
+            (arrays.page_ids, arrays.page_ids.size, 0),
+        )
+        hosts, devices = self._host.split(self._sizes), self._device.split(self._sizes)
+        for (array, size, blank), host, device in zip(fills, hosts, devices):
+            values = host.numpy()
+            values[: array.size] = array.ravel()
+            values[array.size : size] = blank
+            device[:size].copy_(host[:size], non_blocking=True)
 
 
 def lay_out_plan(
@@ -165,7 +193,7 @@ def lay_out_plan(
     groups = [] if deterministic else batch.groups
     page_ids, tables = _lay_out_tables([*batch.page_ids, *(group.page_ids for group in groups)])
     first_tokens = np.concatenate(([0], np.cumsum(queries)))
-    positions_T = _ranges(contexts - queries, queries)
+    positions_T = ranges(contexts - queries, queries)
 
     starts = np.zeros(num_requests, np.int64)
     large: list[_Parts] = []
@@ -205,11 +233,11 @@ def lay_out_plan(
 def _lay_out_tables(tables: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
     """All page tables in one array, and where each starts."""
     arrays = [np.asarray(table, np.int64) for table in tables]
-    starts = np.concatenate(([0], np.cumsum([len(array) for array in arrays])))[:-1]
-    return np.concatenate([*arrays, np.zeros(0, np.int64)]), starts.astype(np.int64)
+    sizes = np.array([len(array) for array in arrays], np.int64)
+    return np.concatenate([*arrays, np.zeros(0, np.int64)]), np.cumsum(sizes) - sizes
 
 
-def _ranges(starts: Ints, counts: Ints) -> Ints:
+def ranges(starts: Ints, counts: Ints) -> Ints:
     """starts[0], starts[0] + 1, ... (counts[0] of them), starts[1], ..."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts - starts, counts)
@@ -219,7 +247,7 @@ def _tile(first: Ints, stop: Ints, heads_per_kv: int) -> tuple[Ints, Ints]:
     """Cut ranges of tokens into tiles of at most LARGE_ROWS rows: first token and number of tokens of each."""
     step = LARGE_ROWS // heads_per_kv
     counts = -(-(stop - first) // step)
-    begin = np.repeat(first, counts) + step * _ranges(np.zeros_like(first), counts)
+    begin = np.repeat(first, counts) + step * ranges(np.zeros_like(first), counts)
     return begin, np.minimum(step, np.repeat(stop, counts) - begin)
 
 
@@ -228,7 +256,7 @@ def _split(parts: _Parts, size: int) -> _Parts:
     lowest = parts.start // size
     counts = np.where(parts.stop > parts.start, (parts.stop - 1) // size + 1 - lowest, 0)
     which = np.repeat(np.arange(len(counts)), counts)
-    begin = _ranges(lowest, counts) * size
+    begin = ranges(lowest, counts) * size
     cut = parts.take(which)
     return _Parts(cut.first, cut.num, cut.table, np.maximum(cut.start, begin), np.minimum(cut.stop, begin + size))
 
@@ -237,7 +265,7 @@ def _seen(parts: _Parts, positions_T: Ints, window: int) -> _Parts:
     """Those parts of whose range at least one token sees something."""
     if not len(parts.first):
         return parts
-    tokens = _ranges(parts.first, parts.num)
+    tokens = ranges(parts.first, parts.num)
     earliest = np.minimum.reduceat(positions_T[tokens], np.cumsum(parts.num) - parts.num)
     return parts.take(parts.stop > earliest - window + 1)
 
@@ -253,7 +281,7 @@ def _number_slots(small: _Parts, large: _Parts, positions_T: Ints, page_ids: Int
     """Give partial results their places: a token that is in several parts has one in each of them."""
     parts = _concatenate([small, large])
     owner = np.repeat(np.arange(len(parts.first)), parts.num)
-    tokens = _ranges(parts.first, parts.num)
+    tokens = ranges(parts.first, parts.num)
     is_shared = np.bincount(tokens, minlength=len(positions_T))[tokens] > 1
     has_slots = np.zeros(len(parts.first), bool)
     has_slots[owner[is_shared]] = True
@@ -263,7 +291,7 @@ def _number_slots(small: _Parts, large: _Parts, positions_T: Ints, page_ids: Int
 
     in_slots = has_slots[owner]
     merging = tokens[in_slots]
-    slots = _ranges(first_slot[has_slots], parts.num[has_slots])
+    slots = ranges(first_slot[has_slots], parts.num[has_slots])
     order = np.argsort(merging, kind="stable")  # within a token the order of the parts, so that sums are always alike
     counts = np.bincount(merging, minlength=len(positions_T))
     merged = np.flatnonzero(counts)

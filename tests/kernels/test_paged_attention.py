@@ -164,28 +164,29 @@ def test_a_padded_plan_in_buffers_that_stay_gives_the_same_bits(name, device, sm
     small_splits(case.split)
     inputs = make_inputs(case, device)
     num_tokens, heads_per_kv = inputs.batch.num_tokens, case.heads[0] // case.heads[1]
-    buffers = attention_plan.PlanBuffers(num_tokens + 5, 200, 64, 800, device)
+    room = attention_plan.PlanRoom(num_tokens + 5, 200, 64, 300, 800)
+    buffers = attention_plan.PlanBuffers(replace(room, num_tokens=200, num_small=300), device)
     other = make_inputs(CASES["decode over several splits"], device).batch
-    buffers.load(attention_plan.lay_out_plan(other, heads_per_kv, None))  # leftovers
+    buffers.load(attention_plan.lay_out_plan(other, heads_per_kv, None), room)  # leftovers
     arrays = attention_plan.lay_out_plan(inputs.batch, heads_per_kv, case.window)
-    assert buffers.fits(arrays)
-    buffers.load(arrays)
+    assert room.holds(arrays)
+    buffers.load(arrays, room)
     # Rows behind the step's belong to nobody: they may hold anything, and nothing is written to their places.
     q = torch.cat((inputs.q, torch.full_like(inputs.q[:1], math.nan).expand(5, -1, -1)))
     stand_in = AttentionBatch([1] * (num_tokens + 5), [1] * (num_tokens + 5), [[0]] * (num_tokens + 5), case.page_size)
-    stand_in.cache["triton_attention", heads_per_kv, case.window, False] = buffers.plan
+    stand_in.cache["triton_attention", heads_per_kv, case.window, False] = buffers.plan(room)
     out = paged_attention_triton(q, inputs.k_pages, inputs.v_pages, stand_in, inputs.scale, case.window)
     assert torch.equal(out[:num_tokens], inputs.attend())
 
 
-def test_a_step_that_is_too_large_for_its_buffers_does_not_fit(device):
+def test_a_plan_that_is_larger_than_the_room_is_seen(device):
     batch = make_inputs(CASES["groups beside others"], device).batch
     arrays = attention_plan.lay_out_plan(batch, 2, None)
-    sizes = batch.num_tokens, len(arrays.small_parts), len(arrays.large_parts), len(arrays.page_ids)
-    assert attention_plan.PlanBuffers(*sizes, device).fits(arrays)
-    for i in range(4):
-        smaller = [size - (place == i) for place, size in enumerate(sizes)]
-        assert not attention_plan.PlanBuffers(*smaller, device).fits(arrays)
+    parts = len(arrays.small_parts), len(arrays.large_parts)
+    sizes = [batch.num_tokens, *parts, arrays.num_slots, len(arrays.page_ids)]
+    assert attention_plan.PlanRoom(*sizes).holds(arrays)
+    for i in range(len(sizes)):
+        assert not attention_plan.PlanRoom(*(size - (place == i) for place, size in enumerate(sizes))).holds(arrays)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
