@@ -20,6 +20,7 @@ from pipeline.corpus_plan.planning import finish_plan
 from pipeline.corpus_plan.sorted_runs import SortedShard, sort_shard
 from pipeline.events import CorpusPlanning, Event, ShardFailed
 from pipeline.faults import ShardFault
+from pipeline.job import JobError
 from pipeline.plan_tokenizer import planning_tokenizer
 from pipeline.results import passthrough_columns
 from pipeline.shards import Shard, open_shard
@@ -41,6 +42,17 @@ def sort_task(spec: RunSpec, shard: Shard, folder: str) -> SortedShard | ShardFa
 @ray.remote(max_retries=3)
 def merge_range_task(spec: RunSpec, folder: str, range_: KeyRange) -> RangePlan:
     return merge_range(spec.output, folder, plan_settings(spec.job.plan), range_)
+
+
+def _result_of(ref: Any) -> SortedShard | ShardFailed | RangePlan:
+    """What a task returned. JobError where a merge found what an earlier task wrote damaged: that is removed then."""
+    try:
+        result: SortedShard | ShardFailed | RangePlan = ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ShardFault):
+            raise JobError(f"planning the corpus failed: {error.cause}; run the same command again") from error
+        raise
+    return result
 
 
 class CorpusPlanner:
@@ -82,7 +94,7 @@ class CorpusPlanner:
             ray.wait(self._running, num_returns=len(self._running), timeout=0) if self._running else ([], [])
         )
         for ref in done:
-            yield from self._note(ray.get(ref))
+            yield from self._note(_result_of(ref))
             if self.has_ended:  # whoever heard of it has cancelled
                 return
         if not self._to_sort and not self._running and not self._num_ranges:

@@ -55,6 +55,9 @@ MAX_INIT_DEATHS = 3
 TICK_S = 0.5
 PLANNING_TICK_S = 0.05
 GATE_TIMEOUT_S = 30
+PLAN_TIMEOUT_S = 300
+"""A gate reads the manifest, and the footers of what was answered before."""
+
 LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 """Slices wait here, some 100 KB each and a few dozen at a time."""
 
@@ -284,7 +287,7 @@ class Graph:
             ray.get(self._gate.stop.remote(), timeout=GATE_TIMEOUT_S)
             return
         yield corpus.adopt_plan()
-        ray.get(self._gate.open_corpus.remote(corpus.work()), timeout=GATE_TIMEOUT_S)
+        ray.get(self._gate.open_corpus.remote(corpus.work()), timeout=PLAN_TIMEOUT_S)
         yield from corpus.tell_found()
         self._take_ready(corpus)
 
