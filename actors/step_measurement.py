@@ -207,6 +207,8 @@ def shapes_to_measure(limits: Limits) -> list[list[StepShape]]:
         [
             StepShape(1, 1, short),
             StepShape(1, 1, short, 15),
+            # One token more than an int4 product takes at most: cheap to know, and a jump in the curve.
+            *(StepShape(1, 1, short, num_tokens) for num_tokens in cpu_linear.MEASURED_TOKENS),
             _prefill(64, limits),
             *itertools.chain.from_iterable(_mixed(n, short, 3, limits) for n in powers),
             StepShape(1, 1, long),

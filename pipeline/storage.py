@@ -104,9 +104,10 @@ class Storage:
         with self._explained("look at", path):
             try:
                 info = self._filesystem().info(self._absolute(path))
+                # In here too: a local file may go between the two looks at it.
+                return self._describe(info) if info["type"] == "file" else None
             except FileNotFoundError:
                 return None
-        return self._describe(info) if info["type"] == "file" else None
 
     def exists(self, path: str) -> bool:
         return self.info(path) is not None
