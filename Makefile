@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: setup demo test test-slow test-gpu check bench soak clean
+.PHONY: setup demo test test-slow test-gpu check bench soak kernel-table clean
 
 setup: $(STAMP)
 
@@ -37,12 +37,18 @@ bench: setup
 	$(BIN)/shoal bench speculation
 	$(BIN)/shoal bench quantize
 	$(BIN)/shoal bench online --only overhead
+	$(BIN)/shoal bench kernels
+	$(BIN)/shoal bench nightly
+	$(BIN)/shoal bench plan
 
 # Half an hour of load, half of it ten times what this machine holds; MINUTES=4 for a short one.
 MINUTES ?= 30
 soak: setup
 	$(BIN)/shoal bench online --only soak --minutes $(MINUTES)
-	$(BIN)/shoal bench kernels
+
+# What the kernels compile to, for GPUs that need not be here; write the table anew after a change of one (some 10 min).
+kernel-table: setup
+	PYTHONPATH=. $(BIN)/python tests/kernels/compile_kernels.py write
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-output

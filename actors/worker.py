@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 import threading
 import time
 from collections import deque
@@ -88,6 +89,8 @@ class _Call:
     completions: dict[str, Completion] = field(default_factory=dict)
     events: asyncio.Queue[TokensEvent | Completion | EngineError] | None = None
     num_sent: dict[tuple[str, int], int] = field(default_factory=dict)  # of a stream: tokens, by own id and output
+    min_gap_s: float = 0.0  # of a stream: between the events of one output
+    sent_at: dict[tuple[str, int], float] = field(default_factory=dict)
 
     def settle(self, result: list[Completion] | None, error: EngineError | None) -> None:
         """Hand over the end, in the caller's event loop."""
@@ -138,13 +141,18 @@ class EngineWorker:
         self._submit(call)
         return await call.future
 
-    async def stream(self, requests: list[Request]) -> AsyncGenerator[TokensEvent | Completion, None]:
+    async def stream(
+        self, requests: list[Request], min_gap_s: float = 0.0
+    ) -> AsyncGenerator[TokensEvent | Completion, None]:
         """The tokens of `requests`, whose ids differ, after each step, and each request's Completion behind its last.
         EngineError when the engine is broken; closing the generator drops the requests. A slow reader holds nothing up.
+
+        min_gap_s: tokens that come sooner after the last ones of their output wait for the next step; only an output's
+        first and last never do.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[TokensEvent | Completion | EngineError] = asyncio.Queue()
-        call = _Call(loop, loop.create_future(), requests, events=events)
+        call = _Call(loop, loop.create_future(), requests, events=events, min_gap_s=min_gap_s)
         self._submit(call)
         num_open = len(requests)
         try:
@@ -300,13 +308,18 @@ class EngineWorker:
     def _send_events(self) -> None:
         """Tell streams what the step has added to their outputs: one call per event loop, however many streams."""
         news: dict[asyncio.AbstractEventLoop, list[tuple[_Call, TokensEvent | Completion]]] = {}
+        now = time.perf_counter()
         for call in self._calls:
             if call.events is None:
                 continue
             for own_id, request in zip(call.own_ids, call.requests):
                 for sequence in self.engine.sequences_of(own_id):
-                    start, end = call.num_sent.get((own_id, sequence.index), 0), sequence.num_generated
+                    output = own_id, sequence.index
+                    start, end = call.num_sent.get(output, 0), sequence.num_generated
                     if start == end or sequence.finish_reason == "error":
+                        continue
+                    is_soon = now < call.sent_at.get(output, -math.inf) + call.min_gap_s
+                    if is_soon and sequence.finish_reason is None:
                         continue
                     event = TokensEvent(
                         request.request_id,
@@ -316,7 +329,7 @@ class EngineWorker:
                         sequence.finish_reason,
                         None if sequence.finish_reason is None else sequence.text,
                     )
-                    call.num_sent[own_id, sequence.index] = end
+                    call.num_sent[output], call.sent_at[output] = end, now
                     news.setdefault(call.loop, []).append((call, event))
         for loop, events in news.items():
             _tell(loop, _put_all, events)

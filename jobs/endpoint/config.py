@@ -38,6 +38,9 @@ class RequestLimits(_Section):
     body_timeout_s: Annotated[float, Field(gt=0, description="for the whole body to arrive")] = 30.0
     max_prompt_tokens: Annotated[int | None, Field(ge=1, description="default: what the context holds")] = None
     max_choices: Annotated[int, Field(ge=1, description="completions of one request: its prompts times n")] = 128
+    stream_interval_s: Annotated[
+        float, Field(ge=0, le=10, description="between two pieces of a stream at least; faster tokens share one")
+    ] = 0.02
     max_queue: Annotated[
         int, Field(ge=0, description="completions that may wait beside engine.max_num_seqs that run, per replica")
     ] = 64

@@ -27,7 +27,9 @@ class Worker(Protocol):
 
     async def generate(self, requests: list[Request]) -> list[Completion]: ...
 
-    def stream(self, requests: list[Request]) -> AsyncGenerator[TokensEvent | Completion, None]: ...
+    def stream(
+        self, requests: list[Request], min_gap_s: float = 0.0
+    ) -> AsyncGenerator[TokensEvent | Completion, None]: ...
 
     def load(self) -> WorkerLoad: ...
 
@@ -43,8 +45,18 @@ class Desk:
     """One worker and the places in it: `num_places` completions may run or wait, `num_running` of them run. Of these
     batches have `max_background` at most."""
 
-    def __init__(self, worker: Worker, *, num_places: int, num_running: int, max_background: int = 1) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        *,
+        num_places: int,
+        num_running: int,
+        max_background: int = 1,
+        min_gap_s: float = 0.0,
+    ) -> None:
+        """min_gap_s: between two pieces of a stream."""
         self.worker = worker
+        self._min_gap_s = min_gap_s
         self.metrics = Metrics(worker.load, worker.stats)
         self.is_closing = False
         self.num_taken = 0
@@ -77,7 +89,7 @@ class Desk:
         """The worker's events; ApiError before the first if there is no room, and instead of a Completion's error.
         Closing it gives places and pages back."""
         with self._places(requests), _engine_errors():
-            async with contextlib.aclosing(self.worker.stream(requests)) as events:
+            async with contextlib.aclosing(self.worker.stream(requests, self._min_gap_s)) as events:
                 async for event in events:
                     if isinstance(event, Completion):
                         self.metrics.note(event)

@@ -132,6 +132,7 @@ def open_endpoint(config: EndpointConfig) -> Endpoint:
         num_places=config.num_places,
         num_running=config.engine.max_num_seqs,
         max_background=config.batches.max_num_seqs or max(1, config.engine.max_num_seqs // 2),
+        min_gap_s=config.limits.stream_interval_s,
     )
     max_model_len = worker.engine.max_model_len
     limits = config.limits

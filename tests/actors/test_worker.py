@@ -141,10 +141,10 @@ def test_an_index_that_cannot_be_read_fails_its_caller_and_no_row(worker, monkey
     assert len(asyncio.run(worker.generate(requests_of(2)))) == 2
 
 
-async def listen(worker, request):
+async def listen(worker, request, min_gap_s=0.0):
     """All events of a stream, by output, and its Completion."""
     by_output = [[] for _ in range(request.sampling.n)]
-    async for event in worker.stream([request]):
+    async for event in worker.stream([request], min_gap_s):
         if isinstance(event, Completion):
             completion = event
         else:
@@ -166,11 +166,12 @@ def streaming_requests():
         yield Request("same", [1, 5 + i, 9], sampling, seed=i)
 
 
-def test_a_stream_has_the_tokens_and_the_text_of_a_call_without(worker):
+@pytest.mark.parametrize("min_gap_s", [0.0, 1000.0])
+def test_a_stream_has_the_tokens_and_the_text_of_a_call_without(worker, min_gap_s):
     requests = list(streaming_requests())
 
     async def run():
-        streams = asyncio.gather(*(listen(worker, request) for request in requests))
+        streams = asyncio.gather(*(listen(worker, request, min_gap_s) for request in requests))
         return await streams, await worker.generate(requests)
 
     streams, whole = asyncio.run(run())
@@ -183,6 +184,7 @@ def test_a_stream_has_the_tokens_and_the_text_of_a_call_without(worker):
                 heard = [logprob for event in events for logprob in event.logprobs]
                 assert [one.token_id for one in heard] == output.token_ids
             *early, last = events
+            assert min_gap_s == 0.0 or len(early) <= 1, "all but the first waited for the last"
             assert [event.finish_reason for event in early] == [None] * len(early)
             assert (last.finish_reason, last.text) == (output.finish_reason, output.text)
             streamed = StreamedText(detokenizer, request.sampling.stop)

@@ -150,6 +150,20 @@ def test_a_stream_comes_in_pieces_and_ends_with_done(live):
     assert all(json.loads(line.removeprefix("data: "))["object"] == "chat.completion.chunk" for line in lines[:-1])
 
 
+def read_stream(body):
+    """How many pieces a chat's stream has, and its text."""
+    pieces = [json.loads(line.removeprefix("data: ")) for line in body.split("\n\n")[:-2]]
+    return len(pieces), "".join(piece["choices"][0]["delta"].get("content") or "" for piece in pieces)
+
+
+def test_tokens_that_come_faster_than_the_interval_share_a_piece():
+    ask = {"stream": True, "max_tokens": 20, "temperature": 0, "ignore_eos": True}
+    with live_endpoint(settings(limits={"stream_interval_s": 10.0})) as slow, live_endpoint(settings()) as quick:
+        pieces, texts = zip(*(read_stream(post(live, **ask).text) for live in (slow, quick)))
+    assert texts[0] == texts[1] != ""
+    assert pieces[0] <= 4 < pieces[1], "the role, the first token, the rest and the end"
+
+
 def test_token_ids_are_prompts_too(live, client):
     ids = live.endpoint.desk.worker.engine.tokenizer.encode("Order 7")
     ask = dict(model="demo", max_tokens=8, temperature=0)

@@ -41,8 +41,13 @@ class Live:
 
 
 def settings(**sections: Any) -> EndpointConfig:
-    """The shipped model, with sections laid over."""
-    data = {"model": "demo", **sections, "engine": {**ENGINE, **sections.get("engine", {})}}
+    """The shipped model, with sections laid over; each step is a piece of a stream of its own."""
+    data = {
+        "model": "demo",
+        **sections,
+        "engine": {**ENGINE, **sections.get("engine", {})},
+        "limits": {"stream_interval_s": 0.0, **sections.get("limits", {})},
+    }
     return EndpointConfig.model_validate(data).resolve(named_models())
 
 
