@@ -251,7 +251,7 @@ def paged_attention_triton(
             PADDED=block != head_dim,
             WINDOWED=window is not None,
             QUANTIZED=is_quantized,
-            STAGES=3 if block <= 128 else 2,
+            STAGES=stages_per_tile(block, is_quantized, window),
             num_warps=warps_per_tile(rows, block, is_quantized, q_TND.device),
         )
     if plan.num_slots:
@@ -295,6 +295,14 @@ def warps_per_tile(rows: int, block: int, is_quantized: bool, device: torch.devi
     """
     is_tight = block > 128 or (is_quantized and block == 128 and not is_hopper(device))
     return 8 if rows == LARGE_ROWS and is_tight else 4
+
+
+def stages_per_tile(block: int, is_quantized: bool, window: int | None) -> int:
+    """How many tiles of keys are on their way at once: 3, or 2 where the registers do not hold what that takes.
+
+    That is above 128 dimensions; and, found by compiling for sm_100, for int8 keys of 64 behind a window.
+    """
+    return 2 if block > 128 or (is_quantized and block == 64 and window is not None) else 3
 
 
 def is_hopper(device: torch.device) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -165,9 +166,15 @@ def acquire(
 
 def read_holder(output: Storage) -> Holder | None:
     """Who holds the lease; None for nobody. One that has not been renewed in time is nobody."""
-    term = _highest(output)
-    holder = _read(output, term) if term else None
-    return None if holder is None or holder.released or _is_stale(output, term, holder.ttl_s) else holder
+    for _ in range(MAX_ATTEMPTS):
+        term = _highest(output)
+        holder = _read(output, term) if term else None
+        if holder is None or holder.released:
+            return None
+        age_s = _age_s(output, term)
+        if age_s is not None:  # else it went while it was looked at
+            return holder if age_s < holder.ttl_s else None
+    return None
 
 
 def clock() -> float:
@@ -182,7 +189,10 @@ def _try_acquire(output: Storage, owner: str, ttl_s: float) -> Lease:
         holder = _read(output, last) if last else None
         if last and (holder is None or before is None):
             continue  # a term that went while it was looked at: there is a higher one now
-        if holder is not None and not holder.released and not _is_stale(output, last, holder.ttl_s):
+        age_s = math.inf if holder is None or holder.released else _age_s(output, last)
+        if age_s is None:
+            continue
+        if holder is not None and age_s < holder.ttl_s:
             raise LeaseHeld(
                 f"{public_uri(output.uri)} is being worked on by {holder}; wait for it (--wait), or end it there. "
                 f"Should it be dead, its lease runs out {holder.ttl_s:g} s after it was last renewed"
@@ -198,8 +208,10 @@ def _try_acquire(output: Storage, owner: str, ttl_s: float) -> Lease:
 def _take(output: Storage, owner: str, ttl_s: float, last: int, dead: Holder | None) -> Lease | None:
     """Create the term after `last` for this process; None if that has come to nothing, and a new look is due."""
     seen = output.info(_path(last)) if dead is not None else None
-    if dead is not None and (seen is None or not _is_stale(output, last, dead.ttl_s)):
-        return None
+    if dead is not None:
+        age_s = _age_s(output, last)
+        if seen is None or age_s is None or age_s < dead.ttl_s:
+            return None
     term, written_at = last + 1, clock()
     holder = Holder(uuid.uuid4().hex, owner, socket.gethostname(), os.getpid(), _now(), ttl_s, _now())
     if not output.create_exclusive(_path(term), _to_bytes(holder)):
@@ -216,16 +228,14 @@ def _take(output: Storage, owner: str, ttl_s: float, last: int, dead: Holder | N
     return Lease(output, term, holder, dead, written_at)
 
 
-def _is_stale(output: Storage, term: int, ttl_s: float) -> bool:
-    """Whether the store's clock says that the term was last written longer ago than it may be."""
+def _age_s(output: Storage, term: int) -> float | None:
+    """Seconds by the store's clock since the term was last written; None if it has gone: then there is a higher one."""
     written_at = output.modified_at(_path(term))
-    if written_at is None:
-        return False  # gone: there is a higher one
     probe = f"{FOLDER}/clock-{uuid.uuid4().hex}"
     output.write_whole(probe, b"")
     now = output.modified_at(probe)
     output.remove(probe)
-    return now is not None and now - written_at >= ttl_s
+    return None if written_at is None or now is None else now - written_at
 
 
 def _terms(output: Storage) -> list[int]:

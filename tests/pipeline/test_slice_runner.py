@@ -79,16 +79,17 @@ def test_slices_sum_to_the_whole_time_that_the_worker_was_held(tmp_path, fake_wo
 
     async def go() -> tuple[list[SliceDone | SliceDropped], float]:
         started = time.perf_counter()
-        runner, _ = await start(job, fake_workers(delay_s=0.05, load_s=0.1))
+        runner, _ = await start(job, fake_workers(delay_s=0.05, load_s=0.6))
         first = await asyncio.gather(*(runner.run(make_slice(i, "x", "y")) for i in range(2)))
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.6)
         last = await runner.run(make_slice(2, "z"))
         return [*first, last], time.perf_counter() - started
 
     events, held_s = asyncio.run(go())
     rows, times = read(job, *events)
     parts = [t.load_s + t.idle_s + t.lost_s for t in times] + [row["device_seconds"] for row in rows]
-    assert math.fsum(parts) == pytest.approx(held_s, abs=0.02)
+    # Either the load or the pause would be missed; what a busy machine adds around the worker is not its time.
+    assert math.fsum(parts) == pytest.approx(held_s, abs=0.25)
     assert [t.load_s > 0 for t in times].count(True) == 1, "the load is on one slice"
     assert math.fsum(row["cost_usd"] for row in rows) == pytest.approx(5e-6)
 
