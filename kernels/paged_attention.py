@@ -251,7 +251,7 @@ def paged_attention_triton(
             PADDED=block != head_dim,
             WINDOWED=window is not None,
             QUANTIZED=is_quantized,
-            STAGES=stages_per_tile(block, is_quantized, window),
+            STAGES=stages_per_tile(rows, block, is_quantized, window, q_TND.device),
             num_warps=warps_per_tile(rows, block, is_quantized, q_TND.device),
         )
     if plan.num_slots:
@@ -291,18 +291,29 @@ def keys_per_tile(rows: int, block: int, device: torch.device) -> int:
 def warps_per_tile(rows: int, block: int, is_quantized: bool, device: torch.device) -> int:
     """4, or 8 where the registers of 4 do not hold a large tile.
 
-    That is above 128 dimensions; and, found by compiling for sm_80, for int8 keys of 128 before Hopper.
+    That is above 128 dimensions; and, found by compiling for sm_80, for int8 keys of 128 before Hopper. On AMD's GPUs it
+    is the other way round: there 8 do not hold int8 keys.
     """
+    if is_quantized and is_amd(device):
+        return 4
     is_tight = block > 128 or (is_quantized and block == 128 and not is_hopper(device))
     return 8 if rows == LARGE_ROWS and is_tight else 4
 
 
-def stages_per_tile(block: int, is_quantized: bool, window: int | None) -> int:
-    """How many tiles of keys are on their way at once: 3, or 2 where the registers do not hold what that takes.
+def stages_per_tile(rows: int, block: int, is_quantized: bool, window: int | None, device: torch.device) -> int:
+    """How many tiles of keys are on their way at once: 3, or fewer where the registers do not hold what that takes.
 
-    That is above 128 dimensions; and, found by compiling for sm_100, for int8 keys of 64 behind a window.
+    That is above 128 dimensions; and, found by compiling, for int8 keys of 64 behind a window (sm_100) and for large
+    tiles of int8 keys (gfx942).
     """
+    if is_quantized and rows == LARGE_ROWS and is_amd(device):
+        return 1
     return 2 if block > 128 or (is_quantized and block == 64 and window is not None) else 3
+
+
+def is_amd(device: torch.device) -> bool:
+    """A GPU of AMD's, which torch also calls cuda."""
+    return device.type == "cuda" and torch.version.hip is not None
 
 
 def is_hopper(device: torch.device) -> bool:

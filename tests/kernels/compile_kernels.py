@@ -261,6 +261,7 @@ def compile_all(which, arch):
     recorder = Recorder()
     KernelOnDemand.__getitem__ = lambda kernel, grid: recorder.record(kernel, grid)
     paged_attention.is_hopper = lambda device: arch in ("sm_90", "sm_100")
+    paged_attention.is_amd = lambda device: TARGETS[arch].backend == "hip"
     kernels.int4_linear.architecture_of = lambda device: arch
     launch_everything(recorder, arch)
     seen = set()
