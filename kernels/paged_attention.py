@@ -291,8 +291,8 @@ def keys_per_tile(rows: int, block: int, device: torch.device) -> int:
 def warps_per_tile(rows: int, block: int, is_quantized: bool, device: torch.device) -> int:
     """4, or 8 where the registers of 4 do not hold a large tile.
 
-    That is above 128 dimensions; and, found by compiling for sm_80, for int8 keys of 128 before Hopper. On AMD's GPUs it
-    is the other way round: there 8 do not hold int8 keys.
+    That is above 128 dimensions; and, found by compiling for sm_80, for int8 keys of 128 before Hopper. On AMD's it is
+    the other way round: there 8 do not hold int8 keys.
     """
     if is_quantized and is_amd(device):
         return 4
