@@ -242,7 +242,8 @@ def judge(reply: Reply, *, stream: bool, left: bool) -> str:
     if reply.status == 200 and reply.is_whole:
         is_whole = reply.events[-1] == b"[DONE]" if stream else bool(reply.json["choices"])
         return "answered" if is_whole else "wrong"
-    return "left" if left and reply.status in (0, 200) else "wrong"
+    # Whoever leaves may do so between the head of an answer, or of a refusal, and its end.
+    return "left" if left and reply.status in (0, 200, 429) else "wrong"
 
 
 async def _watch(deployment: Deployment, phase: Phase) -> None:
