@@ -45,7 +45,7 @@ def bench_plan(only: str | None = None, rows: int | None = None) -> BenchResult:
         "hits": lambda folder: hits.measure(folder, console),
         "scope": lambda folder: scope.measure(folder, console),
     }
-    result = BenchResult("plan", True, [], {"parts": []})
+    result = BenchResult("plan" if only is None else f"plan-{only}", True, [], {"parts": []})
     has_ray = False
     try:
         for name, measure in parts.items():
