@@ -183,6 +183,20 @@ class Decoder:
         return attended_TND.reshape(num_tokens, num_heads * self.head_dim)
 
 
+def copy_slots(kv: KVPages, source: int, target: int, num_tokens: int) -> None:
+    """Copy the first `num_tokens` slots of page `source` to page `target`, in all layers."""
+    for k_pages, v_pages in kv:
+        k_pages[target, :, :num_tokens] = k_pages[source, :, :num_tokens]
+        v_pages[target, :, :num_tokens] = v_pages[source, :, :num_tokens]
+
+
+def clear_pages(kv: KVPages, pages: list[int]) -> None:
+    """Zero pages, in all layers."""
+    for k_pages, v_pages in kv:
+        k_pages[pages] = 0
+        v_pages[pages] = 0
+
+
 def load_decoder(checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
     """Read the weights tensor by tensor and build the decoder on `device` with activations of `dtype`.
 

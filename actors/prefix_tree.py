@@ -21,6 +21,7 @@ import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+from actors.common_prefix import num_in_common
 from actors.next_use import ROOT, FutureUses, LostPages, page_hash
 from actors.pages import PagePool
 
@@ -180,7 +181,7 @@ class PrefixTree:
     def _closest_child(self, node: Node, tokens: SequenceOf[int]) -> tuple[Node | None, int]:
         best, most = None, 0
         for child in reversed(node.children.get(tokens[0], ())[-MAX_SIBLINGS_COMPARED:]):
-            agreed = _num_equal(child.tokens, tokens)
+            agreed = num_in_common(child.tokens, tokens)
             if agreed > most:
                 best, most = child, agreed
                 if agreed == len(tokens):
@@ -191,7 +192,7 @@ class PrefixTree:
         """Tokens from `start` that `node` and those below it have or will have."""
         total = 0
         while node is not None:
-            agreed = _num_equal(node.tokens, tokens[start : min(start + self._page_size, limit)])
+            agreed = num_in_common(node.tokens, tokens[start : min(start + self._page_size, limit)])
             total += agreed
             start += agreed
             if agreed < self._page_size or start >= limit:
@@ -208,7 +209,7 @@ class PrefixTree:
             return
         siblings = parent.children.setdefault(node.tokens[0], [])
         for sibling in siblings[-MAX_SIBLINGS_COMPARED:]:
-            if _num_equal(sibling.tokens, node.tokens) == len(node.tokens):
+            if num_in_common(sibling.tokens, node.tokens) == len(node.tokens):
                 return
         siblings.append(node)
         node.in_tree = True
@@ -297,14 +298,14 @@ class PrefixTree:
         if goer is None or (reader is not None and reader <= goer[0]):
             return reader
         turn, wanted = goer
-        agreed = _num_equal(node.tokens, wanted)
+        agreed = num_in_common(node.tokens, wanted)
         if agreed * WORTH_A_PAGE < self._page_size:
             return reader
         is_newer = False
         for sibling in siblings:
             if sibling is node:
                 is_newer = True
-            elif _num_equal(sibling.tokens, wanted) >= agreed + (not is_newer):
+            elif num_in_common(sibling.tokens, wanted) >= agreed + (not is_newer):
                 return reader  # that one will be taken
         return turn
 
@@ -319,14 +320,3 @@ class PrefixTree:
         for node in reversed(chain):
             path = node.path = page_hash(path, node.tokens)
         return path
-
-
-def _num_equal(a: SequenceOf[int], b: SequenceOf[int]) -> int:
-    """Length of the common beginning."""
-    length = min(len(a), len(b))
-    if a[:length] == b[:length]:
-        return length
-    for i in range(length):
-        if a[i] != b[i]:
-            return i
-    return length

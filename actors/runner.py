@@ -5,16 +5,17 @@ Called by the engine once per step. Knows no waiting and no stopping.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from actors.decoder import Decoder
+from actors.decoder import Decoder, clear_pages, copy_slots
 from actors.drafters.grammar import ban
 from actors.prefix_groups import group_by_prefix
+from actors.sampling_tensors import keyed_sampling, to_device
 from actors.scheduler import StepPlan
 from actors.sequence import Sequence
 from actors.step_graphs import Capture, StepArrays, StepGraphs
@@ -75,7 +76,7 @@ class Runner:
         bear of the step's time, as weights.
         """
         for copy in plan.copies:
-            self._copy_slots(copy.source, copy.target, copy.num_tokens)
+            copy_slots(self._kv, copy.source, copy.target, copy.num_tokens)
         order, groups = self._group(plan)
         sequences = [plan.sequences[i] for i in order]
         drafts = [plan.drafts.get(sequence, _NO_DRAFT) for sequence in sequences]
@@ -183,52 +184,24 @@ class Runner:
 
     def clear_pages(self, pages: list[int]) -> None:
         """Zero pages. Slots that are not valid yet are masked in attention, but NaN times a weight of 0 is NaN."""
-        for k_pages, v_pages in self._kv:
-            k_pages[pages] = 0
-            v_pages[pages] = 0
-
-    def _copy_slots(self, source: int, target: int, num_tokens: int) -> None:
-        for k_pages, v_pages in self._kv:
-            k_pages[target, :, :num_tokens] = k_pages[source, :, :num_tokens]
-            v_pages[target, :, :num_tokens] = v_pages[source, :, :num_tokens]
-
-
-def to_device(array: NDArray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor; to a GPU it goes without waiting for what the GPU is doing."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+        clear_pages(self._kv, pages)
 
 
 def build_sampling_batch(
     positions: list[_Position], eos_token_ids: tuple[int, ...], device: torch.device
 ) -> SamplingBatch:
     """Gather how each token is sampled; the position of a token is its index in the whole sequence."""
-    params = [position.sequence.request.sampling for position in positions]
-    floats = np.array([(p.temperature, p.top_p, p.min_p) for p in params], np.float32)
-    temperature_B, top_p_B, min_p_B = to_device(np.ascontiguousarray(floats.T), device)
-    integers = np.array(
-        [
-            [max(p.top_k, 0) for p in params],
-            [position.sequence.seed for position in positions],
-            [len(position.sequence.token_ids) + position.num_drafts for position in positions],
-        ],
-        np.int64,
-    )
-    top_k_B, seed_B, position_B = to_device(integers, device)
     banned = [
         (row, token)
         for row, position in enumerate(positions)
         if position.sequence.matcher is None
         for token in banned_tokens(position.sequence, position.num_drafts, eos_token_ids)
     ]
-    return SamplingBatch(
-        temperature_B=temperature_B,
-        top_k_B=top_k_B,
-        top_p_B=top_p_B,
-        min_p_B=min_p_B,
-        seed_B=seed_B,
-        position_B=position_B,
-        num_top_logprobs=max((p.logprobs or 0) for p in params),
+    sequences = [position.sequence for position in positions]
+    places = [len(position.sequence.token_ids) + position.num_drafts for position in positions]
+    return replace(
+        keyed_sampling(sequences, places, device),
+        num_top_logprobs=max((sequence.request.sampling.logprobs or 0) for sequence in sequences),
         penalties=_build_penalties(positions, device),
         banned=banned or None,
         allowed=_build_allowed(positions, eos_token_ids, device),

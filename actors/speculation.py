@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from actors.common_prefix import num_in_common
 from actors.config import SpeculativeConfig
 from actors.drafters.corpus_index import CorpusIndex
 from actors.drafters.drafting import Draft, Speculator
@@ -156,7 +157,7 @@ class Speculation:
             self.speculator.observe(draft, new_tokens)
             num_admitted = len(plan.drafts.get(sequence, ()))
             if num_admitted:
-                num_accepted = _num_agreeing(draft.token_ids[:num_admitted], new_tokens)
+                num_accepted = num_in_common(draft.token_ids[:num_admitted], new_tokens)
                 sequence.num_drafted += num_admitted
                 sequence.num_accepted += num_accepted
                 self._count(draft, num_admitted, num_accepted, tally)
@@ -264,15 +265,6 @@ class Speculation:
         counts = self.speculator.counts
         model_ns = counts["draft_model"].num_ns if self._model is not None else 0
         return sum(count.num_ns for count in counts.values()), model_ns
-
-
-def _num_agreeing(draft: list[int], new_tokens: list[int]) -> int:
-    count = 0
-    for guess, token in zip(draft, new_tokens):
-        if guess != token:
-            break
-        count += 1
-    return count
 
 
 def _sort_by_survival(drafts: list[Draft]) -> tuple[np.ndarray, np.ndarray]:

@@ -91,6 +91,9 @@ class StepGraphs:
     def forward(self, arrays: StepArrays, batch: AttentionBatch) -> Tensor | None:
         """Run a step that wants the logits of all its tokens; float32 [T, V], valid until the next call."""
         num_tokens = len(arrays.token_ids_T)
+        if num_tokens > self._graphs[-1].room.num_tokens:
+            self.num_without += 1
+            return None
         plans = {
             window: lay_out_plan(batch, self._heads_per_kv, window, self._decoder.deterministic)
             for window in self._buffers

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from actors.common_prefix import num_in_common
 from actors.config import EngineConfig
 from actors.decoder import Decoder
 from kernels.attention_batch import AttentionBatch, PrefixGroup
@@ -48,8 +49,7 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """How many first tokens all of them share; 0 for a single one, which shares with nobody."""
     if len(sequences) < 2:
         return 0
-    lowest, highest = min(sequences, key=tuple), max(sequences, key=tuple)
-    return next((i for i, (x, y) in enumerate(zip(lowest, highest)) if x != y), min(len(lowest), len(highest)))
+    return num_in_common(min(sequences, key=tuple), max(sequences, key=tuple))
 
 
 def expected_tokens(model: LoadedModel, sequences: Sequence[Sequence[int]], first: int = 1) -> Iterator[Expected]:

@@ -133,7 +133,7 @@ class PlanBuffers:
     """
 
     def __init__(self, room: PlanRoom, device: torch.device) -> None:
-        self._sizes = [
+        sizes = [
             room.num_small * FIELDS,
             room.num_large * FIELDS,
             room.num_tokens,
@@ -142,17 +142,12 @@ class PlanBuffers:
             room.num_slots,
             room.num_page_ids,
         ]
-        self._host = torch.zeros(sum(self._sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._device = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
-
-    @property
-    def num_bytes(self) -> int:
-        """On the device."""
-        return self._device.numel() * self._device.itemsize
+        self._hosts = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda").split(sizes)
+        self._devices = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
 
     def plan(self, room: PlanRoom) -> AttentionPlan:
         """The plan that a graph captures which has this room."""
-        small, large, positions, tokens, starts, slots, pages = self._device.split(self._sizes)
+        small, large, positions, tokens, starts, slots, pages = self._devices
         return AttentionPlan(
             small_parts=small.view(-1, FIELDS)[: room.num_small],
             large_parts=large.view(-1, FIELDS)[: room.num_large],
@@ -176,8 +171,7 @@ class PlanBuffers:
             (arrays.merged_slots, arrays.merged_slots.size, 0),
             (arrays.page_ids, arrays.page_ids.size, 0),
         )
-        hosts, devices = self._host.split(self._sizes), self._device.split(self._sizes)
-        for (array, size, blank), host, device in zip(fills, hosts, devices):
+        for (array, size, blank), host, device in zip(fills, self._hosts, self._devices):
             values = host.numpy()
             values[: array.size] = array.ravel()
             values[array.size : size] = blank

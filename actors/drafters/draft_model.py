@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from actors.common_prefix import num_in_common
 from actors.config import EngineConfig
-from actors.decoder import Decoder, KVPages, load_decoder
+from actors.decoder import Decoder, KVPages, clear_pages, copy_slots, load_decoder
 from actors.drafters.acceptance import MIN_SURVIVAL, Acceptance
 from actors.prefix_groups import group_by_prefix
+from actors.sampling_tensors import keyed_sampling
 from actors.sequence import Sequence
 from actors.weights.checkpoint import load_tokenizer, open_checkpoint
 from kernels.attention_batch import AttentionBatch
 from kernels.backend import sample
-from kernels.sampling import SamplingBatch
 
 if TYPE_CHECKING:
     from actors.drafters.drafting import Draft
@@ -96,9 +97,7 @@ class DraftModel:
 
     def copy_slots(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first num_tokens slots of page `source` to page `target`; call it before the next `propose`."""
-        for k_pages, v_pages in self._kv:
-            k_pages[target, :, :num_tokens] = k_pages[source, :, :num_tokens]
-            v_pages[target, :, :num_tokens] = v_pages[source, :, :num_tokens]
+        copy_slots(self._kv, source, target, num_tokens)
         held = self._held.get(source)
         if held is None:
             self._held.pop(target, None)
@@ -107,9 +106,7 @@ class DraftModel:
 
     def clear(self, pages: list[int]) -> None:
         """Zero pages that may hold what is not finite."""
-        for k_pages, v_pages in self._kv:
-            k_pages[pages] = 0
-            v_pages[pages] = 0
+        clear_pages(self._kv, pages)
         for page in pages:
             self._held.pop(page, None)
 
@@ -150,14 +147,14 @@ class DraftModel:
         progress: _Progress | None = sequence.drafting.get(self.name)
         if progress is not None and progress.num_preemptions == sequence.num_preemptions:
             start = progress.num_certain
-            num_valid = start + _num_equal(progress.guesses, known[start : start + len(progress.guesses)])
+            num_valid = start + num_in_common(progress.guesses, known[start : start + len(progress.guesses)])
             return min(num_valid, len(known) - 1)
         size, num_valid, before = self._page_size, 0, 0
         for page in sequence.pages:
             held = self._held.get(page)
             if held is None or held.before != before:
                 break
-            agreed = _num_equal(held.token_ids, known[num_valid : num_valid + size])
+            agreed = num_in_common(held.token_ids, known[num_valid : num_valid + size])
             num_valid += agreed
             if agreed < size:
                 break
@@ -213,18 +210,15 @@ class DraftModel:
             batch,
             torch.tensor(last_rows, device=device),
         )
-        chosen = sample(logits, _sampling_batch(writers, device))
+        # Without penalties and bans: a draft need not be right.
+        places = [len(writer.known) for writer in writers]
+        chosen = sample(logits, keyed_sampling([writer.sequence for writer in writers], places, device))
         for writer, token, logprob in zip(writers, chosen.token_ids_B.tolist(), chosen.logprobs_B.exp().tolist()):
             writer.num_computed = len(writer.known)
             # What is not a number (stale or cleared pages can bring that) has no confidence.
             tenth = min(int(logprob * _TENTHS), _TENTHS - 1) if logprob == logprob else 0
             cell = self._cells + tenth
             writer.append(token, cell, self._chances[cell])
-
-
-def _num_equal(a: SequenceOf[int], b: SequenceOf[int]) -> int:
-    """Length of the common beginning."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 class _Writer:
@@ -246,19 +240,6 @@ class _Writer:
         self.draft.cells.append(cell)
         self.draft.chances.append(chance)
         self.survival *= chance
-
-
-def _sampling_batch(writers: list[_Writer], device: torch.device) -> SamplingBatch:
-    """The target's noise and filters, without penalties and bans: a draft need not be right."""
-    params = [writer.sequence.request.sampling for writer in writers]
-    return SamplingBatch(
-        temperature_B=torch.tensor([p.temperature for p in params], dtype=torch.float32, device=device),
-        top_k_B=torch.tensor([max(p.top_k, 0) for p in params], dtype=torch.int64, device=device),
-        top_p_B=torch.tensor([p.top_p for p in params], dtype=torch.float32, device=device),
-        min_p_B=torch.tensor([p.min_p for p in params], dtype=torch.float32, device=device),
-        seed_B=torch.tensor([w.sequence.seed for w in writers], dtype=torch.int64, device=device),
-        position_B=torch.tensor([len(w.known) for w in writers], dtype=torch.int64, device=device),
-    )
 
 
 def check_draft_model(target_uri: str, draft_uri: str, tokenizer_uri: str | None = None) -> None:

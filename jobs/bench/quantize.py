@@ -36,7 +36,7 @@ from actors.quantizers.sensitivity import Part, bytes_for_bits, choose_bits, mea
 from actors.requests import SamplingParams
 from actors.weights.checkpoint import Checkpoint, load_tokenizer, open_checkpoint
 from jobs.bench.engine import SHAPE
-from jobs.bench.result import Bar, BenchResult
+from jobs.bench.result import Bar, BenchResult, paste_between
 from jobs.demo.evaluate import encode_prefix, encode_tickets
 from jobs.demo.tickets import make_tickets
 
@@ -342,14 +342,7 @@ def markdown(table: Sequence[dict[str, Any]]) -> str:
 
 def paste_table(record: Path, readme: Path) -> None:
     """Replace what stands between MARKERS in `readme` by the table of a kept record. ValueError without markers."""
-    start, end = MARKERS
-    text = readme.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{readme} must have the lines {start} and {end} once each")
-    before, rest = text.split(start)
-    _, after = rest.split(end)
-    table = markdown(json.loads(record.read_text())["config"]["quality"])
-    readme.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
+    paste_between(MARKERS, markdown(json.loads(record.read_text())["config"]["quality"]), readme)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,17 @@ class BenchResult:
         console.print(table)
 
 
+def paste_between(markers: tuple[str, str], text: str, file: Path) -> None:
+    """Replace what stands between two marker lines of a file. ValueError unless it has both, once each."""
+    start, end = markers
+    whole = file.read_text(encoding="utf-8")
+    if whole.count(start) != 1 or whole.count(end) != 1:
+        raise ValueError(f"{file} must have the lines {start} and {end} once each")
+    before, rest = whole.split(start)
+    _, after = rest.split(end)
+    file.write_text(f"{before}{start}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 def describe_machine() -> dict[str, Any]:
     """The processor (or GPU), its cores and memory."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()

@@ -76,14 +76,8 @@ class Desk:
 
     async def answer(self, requests: list[Request]) -> list[Completion]:
         """All completions at once; ApiError if there is no room or one of them is an error."""
-        with self._places(requests), _engine_errors():
-            completions = await self.worker.generate(requests)
-        for completion in completions:
-            self.metrics.note(completion)
-        for completion in completions:
-            if completion.error is not None:
-                raise error_of_row(completion.error)
-        return completions
+        with self._places(requests):
+            return await self._generate(requests, is_online=True)
 
     async def stream(self, requests: list[Request]) -> AsyncGenerator[TokensEvent | Completion, None]:
         """The worker's events; ApiError before the first if there is no room, and instead of a Completion's error.
@@ -114,10 +108,13 @@ class Desk:
     async def answer_in_background(self, requests: list[Request]) -> list[Completion]:
         """As `answer`, in places that `enter_background` has taken."""
         self._refuse_in_trouble()
+        return await self._generate(requests, is_online=False)
+
+    async def _generate(self, requests: list[Request], *, is_online: bool) -> list[Completion]:
         with _engine_errors():
             completions = await self.worker.generate(requests)
         for completion in completions:
-            self.metrics.note(completion, is_online=False)
+            self.metrics.note(completion, is_online=is_online)
         for completion in completions:
             if completion.error is not None:
                 raise error_of_row(completion.error)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import Letters
 
 from actors.requests import Completion, Output, Usage, derive_seed
 from pipeline.corpus_plan import manifest as manifests
@@ -46,17 +47,6 @@ from pipeline.storage import Storage
 PRINT = "f" * 64
 SMALL = {"run_weight": 400, "range_weight": 300}
 """Budgets at which a few rows make several runs and ranges."""
-
-
-class Letters:
-    """A tokenizer of one token per character, nothing added."""
-
-    chat_template = None
-    bos_token = None
-    bos_token_id = None
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
 def make_job(sampling=None, plan=None, engine=None, **columns: Any) -> Job:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import s3fs
+from letters import Letters
 
 from actors.requests import Completion, Output, Usage
 from pipeline.corpus_plan.manifest import CORPUS, find_manifest, read_manifest, read_slice
@@ -21,17 +22,6 @@ from pipeline.slices import SliceTimes, slice_table
 from pipeline.storage import Storage
 
 PRINT = "f" * 64
-
-
-class Letters:
-    """A tokenizer of one token per character, nothing added."""
-
-    chat_template = None
-    bos_token = None
-    bos_token_id = None
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from letters import Letters
 
 from actors.requests import RowError, SamplingParams, derive_seed
 from pipeline.job import Job, job_from_dict
@@ -20,17 +21,6 @@ from pipeline.storage import Storage
 
 SHARED = Path(__file__).resolve().parents[2] / ".." / "shared"
 STORIES = SHARED / "models" / "stories260K"
-
-
-class Letters:
-    """A tokenizer of one token per character, nothing added."""
-
-    chat_template = None
-    bos_token = None
-    bos_token_id = None
-
-    def __call__(self, texts, **_):
-        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
 
 
 def make_job(path, sampling=None, plan=None, engine=None, model="m", **columns) -> Job:

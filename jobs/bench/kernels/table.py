@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jobs.bench.result import paste_between
+
 MARKERS = ("<!-- kernels: written by jobs.bench.kernels.table -->", "<!-- /kernels -->")
 
 
@@ -52,15 +54,8 @@ def paste_table(records: Sequence[Path], readme: Path) -> None:
 
     Of a case that is in several, such as the machine's rates, the last counts. ValueError without markers.
     """
-    start, end = MARKERS
-    text = readme.read_text(encoding="utf-8")
-    if text.count(start) != 1 or text.count(end) != 1:
-        raise ValueError(f"{readme} must have the lines {start} and {end} once each")
-    before, rest = text.split(start)
-    _, after = rest.split(end)
     found = [row for record in records for row in json.loads(record.read_text(encoding="utf-8"))["config"]["kernels"]]
-    table = markdown(list({row["name"]: row for row in found}.values()))
-    readme.write_text(f"{before}{start}\n{table}\n{end}{after}", encoding="utf-8")
+    paste_between(MARKERS, markdown(list({row["name"]: row for row in found}.values())), readme)
 
 
 if __name__ == "__main__":
