@@ -39,9 +39,8 @@ MIN_ANSWERS, MIN_ROWS = 8, 30
 """Fewer of these in a sample, and there is no interval."""
 
 MODEL_ERROR = 0.1
-"""Relative standard error of a time that was calibrated on answered rows. Seven jobs of `shoal bench plan`, busy time
-predicted over an engine's own without Ray (one thread, CPU time): 0.915 to 1.116, root mean square error 0.07; the
-rest is for what planning and publishing beside it take from the engine."""
+"""Relative standard error of a time that was calibrated on answered rows: 0.09 in the twenty runs of
+`experience.BESIDE_ROW_S`, 0.07 over engines without Ray (seven jobs, one thread, CPU time)."""
 
 MODEL_ERROR_UNCALIBRATED = 0.2
 
@@ -53,10 +52,10 @@ MIN_PART = 0.1
 
 IDLE_S = 1.6
 """Seconds that an actor is held besides loading and computing: imports, waiting for the first slice, the last files.
-Ten runs of one actor on two cores with little else to do: 1.5 to 1.8."""
+Twenty runs of one actor on two cores with little else to do: 1.6 to 1.85, and once 2.0 and 2.9."""
 
 IDLE_ERROR = 0.2
-"""Relative standard error of IDLE_S, and of what loading takes: that of the same runs was 15 %."""
+"""Relative standard error of IDLE_S, and of what loading takes: that of the same runs was 16 % and 9 %."""
 
 Floats = NDArray[np.float64]
 
@@ -134,10 +133,12 @@ def _add_times(
     simulation = simulate(rows, engine, profile.times, drafting, share_drawn=share_drawn)
     prefill_s, decode_s = slower.prompts * simulation.prefill_s, slower.decodes * simulation.decode_s
     factor, prefill_share = _over(prefill_s + decode_s, simulation.seconds), _over(prefill_s, prefill_s + decode_s)
-    busy_s = factor * num_actors * _extrapolate(simulation, len(rows), totals.completions / num_actors)
+    engine_s = factor * num_actors * _extrapolate(simulation, len(rows), totals.completions / num_actors)
+    beside_s = experience.row_s * sample.num_rows if experience else 0.0
     prompts = prefill_share * draws.computed / max(1e-9, totals.computed)
     decodes = (1 - prefill_share) * draws.completions / max(1e-9, totals.completions) * corpus.output_ratios
-    busy = busy_s * (prompts + decodes) * rng.lognormal(0, math.hypot(slower.error, profile.times.fit_error), NUM_DRAWS)
+    off = rng.lognormal(0, math.hypot(slower.error, profile.times.fit_error), NUM_DRAWS)
+    busy_s, busy = engine_s + beside_s, (engine_s * (prompts + decodes) + beside_s) * off
     load_s = profile.load_s if experience is None or experience.load_s is None else experience.load_s
     # What earlier runs of the output were idle, they were waiting for their plan too.
     idle_s = IDLE_S + waiting_s if experience is None or experience.idle_s is None else experience.idle_s

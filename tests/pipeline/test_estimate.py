@@ -320,6 +320,19 @@ def test_prompts_and_decodes_are_slower_each_by_its_own_factor(known):
     assert found.busy_s.value == pytest.approx(expected)
 
 
+def test_what_rows_take_beside_the_engine_is_added_once_a_row(known):
+    """A run of few rows and one of many are off by the same time per row, not by the same factor."""
+    job, profile = known
+    sample = CorpusSample(1, 500, [shard("a", 500, 500, np.full(500, 400))], [])
+    pilot = answered(np.full(64, 20), busy_s=1.0)
+    alone = estimate(job, sample, 1, pilot, 2, profile, PRICE, [])
+    beside = estimate(job, sample, 1, replace(pilot, row_s=0.01), 2, profile, PRICE, [])
+    assert alone.busy_s and beside.busy_s and beside.busy_s.low and alone.busy_s.low
+    assert beside.busy_s.value == pytest.approx(alone.busy_s.value + 5)
+    assert beside.busy_s.low > alone.busy_s.low + 3
+    assert replace(pilot, row_s=0.01).without_times().row_s == 0
+
+
 def test_cost_is_the_price_of_all_the_time_that_actors_are_held(known):
     job, profile = known
     sample = CorpusSample(1, 500, [shard("a", 500, 500, np.full(500, 40))], [])
