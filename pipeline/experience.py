@@ -42,13 +42,13 @@ MAX_SHARDS = 8
 """Results of so many shards are looked at."""
 
 COLD_LOAD_S = 1.0
-"""What loading takes longer in a new process, where the first tokenizer imports its library: 0.8 to 1.3, in the median 0.97,
-in twenty runs of `shoal bench plan` on two cores."""
+"""What loading takes longer in a new process, where the first tokenizer imports its library: 0.8 to 1.3, in the median
+0.97, in twenty runs of `shoal bench plan` on two cores."""
 
 BESIDE_ROW_S = 1.1e-3
-"""What a row takes of a CPU worker's time that no pilot sees: planning, Ray and publishing run on the worker's own cores.
-Fitted to twenty runs of `shoal bench plan` on two cores, of 80 to 3,000 rows: busy time = 0.995 of what is simulated
-and 1.08 ms a row, root mean square error 9 %. A GPU's worker waits for none of it."""
+"""What a row takes of a CPU worker's time that no pilot sees: planning, Ray and publishing run on the worker's own
+cores. Fitted to twenty runs of `shoal bench plan` on two cores, of 80 to 3,000 rows: busy time = 0.995 of what is
+simulated and 1.08 ms a row, root mean square error 9 %. A GPU's worker waits for none of it."""
 
 Ints = NDArray[np.int64]
 
