@@ -22,6 +22,7 @@ from actors.decoder import Decoder, load_decoder
 from actors.drafters.draft_model import DraftModel, check_draft_model
 from actors.drafters.drafting import make_speculator
 from actors.drafters.grammar import Grammars
+from actors.kv_memory import choose_num_pages
 from actors.requests import (
     Completion,
     DrafterStats,
@@ -37,16 +38,13 @@ from actors.runner import Runner, SampledToken
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
 from actors.speculation import Speculation
-from actors.step_graphs import capture_cuda_graph
+from actors.step_graphs import capture_cuda_graph, expected_graph_bytes
 from actors.step_measurement import Limits, load_or_measure_step_times
 from actors.stopping import finish_reason_of, text_of
 from actors.weights.checkpoint import load_tokenizer, open_checkpoint
-from kernels.cpu_linear import available_memory_bytes, dtype_name, fastest_cpu_dtype
+from kernels.cpu_linear import dtype_name, fastest_cpu_dtype
 
 logger = logging.getLogger(__name__)
-
-CPU_KV_SHARE = 0.25
-"""Share of the free memory that KV pages take on a CPU unless told otherwise, and at most 4 GiB."""
 
 MAX_NUM_BATCHED_TOKENS = 4096
 """Tokens in one step unless told otherwise; fewer where more bring nothing by the measured step times."""
@@ -97,7 +95,13 @@ class Engine:
         self.eos_token_ids = self.decoder.eos_token_ids
         self.notes = list(self.decoder.notes)
         self._draft_model = self._load_draft_model()
-        num_pages = self._num_pages()
+        graph_bytes = 0
+        if self.device.type == "cuda" and not config.enforce_eager:
+            graph_bytes = expected_graph_bytes(
+                checkpoint.architecture, self.decoder.max_model_len, self.dtype, config.page_size, config.max_num_seqs
+            )
+        draft_bytes = 0 if self._draft_model is None else self._draft_model.kv_bytes_per_token
+        num_pages = choose_num_pages(config, self.decoder, draft_bytes, graph_bytes)
         self.max_model_len = min(self.decoder.max_model_len, num_pages * config.page_size)
         if self.max_model_len < self.decoder.max_model_len:
             self._note(
@@ -106,8 +110,14 @@ class Engine:
                 "raise engine.kv_cache_bytes for longer ones"
             )
         self._runner = Runner(self.decoder, num_pages, config.page_size, config.enable_prefix_groups)
-        if self.device.type == "cuda" and not config.enforce_eager:
-            self.notes.append(self._runner.capture_graphs(config.max_num_seqs, capture_cuda_graph()))
+        if graph_bytes:
+            graphs = self._runner.capture_graphs(config.max_num_seqs, capture_cuda_graph())
+            self.notes.append(graphs.describe())
+            if graphs.took_bytes > graph_bytes:
+                self._note(
+                    f"CUDA graphs took {graphs.took_bytes} bytes, and KV memory was sized to leave {graph_bytes}: the "
+                    "rest is missing for other steps; lower engine.gpu_memory_utilization if memory runs out"
+                )
         most_tokens = config.max_num_batched_tokens or MAX_NUM_BATCHED_TOKENS
         started_measuring = time.perf_counter()
         self.step_times = load_or_measure_step_times(
@@ -368,30 +378,6 @@ class Engine:
         self._runner.clear_pages(pages)
         if self._draft_model is not None:
             self._draft_model.clear(pages)
-
-    def _num_pages(self) -> int:
-        """How many pages the KV memory has: as told, else as many as could be used and fit."""
-        config = self.config
-        if config.num_pages is not None:
-            return config.num_pages
-        page_bytes = self.decoder.kv_bytes_per_token * config.page_size
-        if self._draft_model is not None:
-            page_bytes += self._draft_model.kv_bytes_per_token * config.page_size
-        pages_per_row = -(-self.decoder.max_model_len // config.page_size)
-        if config.kv_cache_bytes is not None:
-            room = config.kv_cache_bytes
-        elif self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            room = int(free - (1 - config.gpu_memory_utilization) * total)
-        else:
-            room = min(int(available_memory_bytes() * CPU_KV_SHARE), 4 << 30)
-        num_pages = min(room // page_bytes, pages_per_row * config.max_num_seqs)
-        if num_pages < 2:
-            raise ValueError(
-                f"{room} bytes for keys and values hold {num_pages} pages of {page_bytes} bytes, at least 2 are "
-                "needed; raise engine.kv_cache_bytes or lower engine.page_size"
-            )
-        return num_pages
 
     def _note(self, text: str) -> None:
         logger.warning(text)

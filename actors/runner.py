@@ -63,10 +63,10 @@ class Runner:
         self._order: list[int] = []
         self._groups: list[PrefixGroup] = []
 
-    def capture_graphs(self, max_num_seqs: int, capture: Capture) -> str:
-        """Capture steps without prompts, for all from now on; returns what a user may want to know of it."""
+    def capture_graphs(self, max_num_seqs: int, capture: Capture) -> StepGraphs:
+        """Capture steps without prompts, for all from now on."""
         self._graphs = StepGraphs(self._decoder, self._kv, self._page_size, max_num_seqs, capture)
-        return self._graphs.describe()
+        return self._graphs
 
     def run(self, plan: StepPlan, times: StepTimes) -> tuple[dict[Sequence, list[SampledToken]], list[float]]:
         """Compute a plan, drafts included.

@@ -7,6 +7,9 @@ keys (slot -1) and attends to nothing; its logits are never looked at.
 
 Knows tensors and plans, no requests. The runner asks `forward` for every step that could be one; None means that the
 step has no graph and is to be launched kernel by kernel.
+
+Graphs hold the addresses of the KV pages, so they come after these, and these have to leave room for them
+(`expected_graph_bytes`). What capturing took is measured on a GPU, and stands beside that in `describe`.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from actors.architecture import Architecture
 from actors.decoder import Decoder, KVPages
 from kernels.attention_batch import AttentionBatch
-from kernels.attention_plan import SMALL_SPLIT, PlanBuffers, PlanRoom, lay_out_plan
+from kernels.attention_plan import FIELDS, SMALL_SPLIT, PlanBuffers, PlanRoom, lay_out_plan
 
 logger = logging.getLogger(__name__)
 
@@ -69,14 +73,13 @@ class StepGraphs:
         self._decoder, self._kv, self._page_size = decoder, kv, page_size
         self._heads_per_kv = decoder.num_heads // decoder.num_kv_heads
         device, vocab_size = decoder.device, decoder.vocab_size
-        most = min(MAX_GRAPH_TOKENS, MAX_LOGITS_BYTES // (4 * vocab_size))
-        sizes = bucket_sizes(max(1, most))
-        largest = sizes[-1]
+        free_before = _free_bytes(device)
+        rooms = graph_rooms(vocab_size, decoder.max_model_len, page_size, max_num_seqs)
+        largest = rooms[-1].num_tokens
         self._host_3T = torch.zeros((3, largest), dtype=torch.int64, pin_memory=device.type == "cuda")
         self._inputs_3T = torch.zeros((3, largest), dtype=torch.int64, device=device)
         self._logits_TV = torch.zeros((largest, vocab_size), dtype=torch.float32, device=device)
         self._rows_T = torch.arange(largest, device=device)
-        rooms = [room for size in sizes for room in self._rooms(size, max_num_seqs)]
         self._buffers = {window: PlanBuffers(_largest(rooms), device) for window in decoder.windows}
         self._graphs: list[_Graph] = []
         self.num_replayed = self.num_without = 0
@@ -87,6 +90,9 @@ class StepGraphs:
             if number % 8 == 0 or number == len(rooms):
                 logger.info("captured %d of %d CUDA graphs", number, len(rooms))
         self.capture_s = time.perf_counter() - started
+        self.buffer_bytes = graph_buffer_bytes(rooms, vocab_size, len(decoder.windows))
+        self.took_bytes = free_before - _free_bytes(device)
+        """Of the GPU's memory, by the driver's account: buffers, steps' temporaries and the graphs; 0 on a CPU."""
 
     def forward(self, arrays: StepArrays, batch: AttentionBatch) -> Tensor | None:
         """Run a step that wants the logits of all its tokens; float32 [T, V], valid until the next call."""
@@ -113,28 +119,11 @@ class StepGraphs:
 
     def describe(self) -> str:
         """One line for a person."""
-        sizes = sorted({graph.room.num_tokens for graph in self._graphs})
         return (
-            f"{len(self._graphs)} CUDA graphs for steps of up to {sizes[-1]} tokens, captured in {self.capture_s:.1f} s"
+            f"{len(self._graphs)} CUDA graphs for steps of up to {self._graphs[-1].room.num_tokens} tokens, captured "
+            f"in {self.capture_s:.1f} s: took {self.took_bytes / 2**30:.2f} GiB, with buffers of "
+            f"{self.buffer_bytes / 2**30:.2f} GiB"
         )
-
-    def _rooms(self, num_tokens: int, max_num_seqs: int) -> list[PlanRoom]:
-        """The plans for which there are graphs of this many tokens, smaller ones first."""
-        longest = -(-self._decoder.max_model_len // SMALL_SPLIT)
-        per_token = sorted({min(count, longest + 1) for count in PARTS_PER_TOKEN})
-        num_requests = min(num_tokens, max_num_seqs)
-        pages = -(-self._decoder.max_model_len // self._page_size)
-        return [
-            PlanRoom(
-                num_tokens=num_tokens,
-                num_small=num_tokens * count,
-                num_large=max(8, num_tokens),
-                num_slots=num_tokens * (count + SHARED_SLOTS),
-                # Twice, as the tables of groups stand beside those of their requests.
-                num_page_ids=2 * num_requests * pages,
-            )
-            for count in per_token
-        ]
 
     def _load(self, arrays: StepArrays, num_padded: int) -> None:
         num_tokens = len(arrays.token_ids_T)
@@ -163,6 +152,57 @@ class StepGraphs:
         return _Graph(room, capture(step))
 
 
+def graph_rooms(vocab_size: int, max_model_len: int, page_size: int, max_num_seqs: int) -> list[PlanRoom]:
+    """The plans for which there are graphs, smaller ones first: a few numbers of parts for each number of tokens."""
+    most = max(1, min(MAX_GRAPH_TOKENS, MAX_LOGITS_BYTES // (4 * vocab_size)))
+    longest = -(-max_model_len // SMALL_SPLIT)
+    pages = -(-max_model_len // page_size)
+    return [
+        PlanRoom(
+            num_tokens=num_tokens,
+            num_small=num_tokens * count,
+            num_large=max(8, num_tokens),
+            num_slots=num_tokens * (count + SHARED_SLOTS),
+            # Twice, as the tables of groups stand beside those of their requests.
+            num_page_ids=2 * min(num_tokens, max_num_seqs) * pages,
+        )
+        for num_tokens in bucket_sizes(most)
+        for count in sorted({min(count, longest + 1) for count in PARTS_PER_TOKEN})
+    ]
+
+
+def graph_buffer_bytes(rooms: list[PlanRoom], vocab_size: int, num_windows: int) -> int:
+    """Bytes on the device of what all graphs read and write: inputs and rows, logits, and a plan for each window."""
+    largest = _largest(rooms)
+    num_parts = largest.num_small + largest.num_large
+    num_words = FIELDS * num_parts + 3 * largest.num_tokens + 1 + largest.num_slots + largest.num_page_ids
+    return 8 * 4 * largest.num_tokens + 4 * largest.num_tokens * vocab_size + 4 * num_words * num_windows
+
+
+def expected_graph_bytes(
+    architecture: Architecture, max_model_len: int, dtype: torch.dtype, page_size: int, max_num_seqs: int
+) -> int:
+    """Bytes of the device to leave free for StepGraphs: its buffers, and the temporaries of the largest step.
+
+    The temporaries are counted as if all of a layer and of the head lived at once, with the layer's largest weight
+    expanded beside them, which is what an int4 product of many tokens does. That is more than lives at once, but says
+    nothing of a packed head, of what torch's allocator loses between blocks, and of what the driver keeps for each
+    graph: these come out of what `gpu_memory_utilization` leaves. The engine says when capturing took more.
+    """
+    rooms = graph_rooms(architecture.vocab_size, max_model_len, page_size, max_num_seqs)
+    largest = _largest(rooms)
+    queries, keys = (heads * architecture.head_dim for heads in (architecture.num_heads, architecture.num_kv_heads))
+    # Residual and norms; q, k, v twice, for their norms; what was attended, projected; gate, up and their product.
+    per_token = 4 * architecture.hidden_size + 2 * (queries + 2 * keys) + queries + 3 * architecture.intermediate_size
+    temporaries = largest.num_tokens * (per_token + architecture.vocab_size) * dtype.itemsize
+    logits = 4 * largest.num_tokens * architecture.vocab_size
+    partial = 4 * largest.num_slots * architecture.num_heads * (architecture.head_dim + 1)
+    widest = max(2 * architecture.intermediate_size, queries + 2 * keys)
+    expanded = widest * architecture.hidden_size * dtype.itemsize
+    buffers = graph_buffer_bytes(rooms, architecture.vocab_size, len(set(architecture.windows)))
+    return buffers + temporaries + logits + partial + expanded
+
+
 def bucket_sizes(most: int) -> list[int]:
     """Numbers of tokens for which there are graphs, up to `most`: padding adds at most a quarter from 16 on."""
     sizes = {1, 2, 4, 8, 12, most}
@@ -189,6 +229,15 @@ def capture_cuda_graph() -> Capture:
         return graph.replay
 
     return capture
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Free memory of a GPU, without what torch keeps for later; 0 on a CPU, where nobody counts."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def _largest(rooms: list[PlanRoom]) -> PlanRoom:
