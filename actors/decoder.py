@@ -29,12 +29,11 @@ from kernels.backend import (
     Linear,
     add_rms_norm,
     check_fixed_order_attention,
+    norm_rope_write_kv,
     paged_attention,
     prepare_linear,
     rms_norm,
-    rope,
     silu_mul,
-    write_kv,
 )
 from kernels.cpu_linear import dtype_name
 from kernels.int4_linear import PLANE_BITS, QuantizedWeight, dequantize
@@ -52,8 +51,7 @@ class Layer:
 
     input_norm_H: Tensor
     qkv: Linear
-    q_norm_D: Tensor | None
-    k_norm_D: Tensor | None
+    qk_norms: tuple[Tensor, Tensor] | None
     output: Linear
     post_attention_norm_H: Tensor
     gate_up: Linear
@@ -169,16 +167,12 @@ class Decoder:
     ) -> Tensor:
         """Project, rotate, store and attend; [T, N * D], before the output projection."""
         num_tokens, num_heads, num_kv_heads = x_TH.shape[0], self.num_heads, self.num_kv_heads
-        qkv = layer.qkv(x_TH).view(num_tokens, num_heads + 2 * num_kv_heads, self.head_dim)
-        q_TND = qkv[:, :num_heads]
-        k_TKD = qkv[:, num_heads : num_heads + num_kv_heads]
-        v_TKD = qkv[:, num_heads + num_kv_heads :]
-        if layer.q_norm_D is not None and layer.k_norm_D is not None:
-            q_TND = rms_norm(q_TND, layer.q_norm_D, self._eps)
-            k_TKD = rms_norm(k_TKD, layer.k_norm_D, self._eps)
-        rope(q_TND, k_TKD, positions_T, self._cos_LR, self._sin_LR, batch.cache)
+        qkv_TMD = layer.qkv(x_TH).view(num_tokens, num_heads + 2 * num_kv_heads, self.head_dim)
         k_pages, v_pages = pages
-        write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+        tables = self._cos_LR, self._sin_LR
+        q_TND = norm_rope_write_kv(
+            qkv_TMD, layer.qk_norms, self._eps, positions_T, *tables, k_pages, v_pages, slots_T, batch.cache
+        )
         attended_TND = paged_attention(q_TND, k_pages, v_pages, batch, self._scale, layer.window, self.deterministic)
         return attended_TND.reshape(num_tokens, num_heads * self.head_dim)
 
@@ -237,12 +231,14 @@ class _Loader:
         prefix = f"model.layers.{index}."
         q, k, v, output = self.architecture.attention_linears(index)
         gate, up, down = self.architecture.mlp_linears(index)
-        has_qk_norm = self.architecture.qk_norm
+
+        def norm(name: str) -> Tensor:
+            return self._read(f"{prefix}self_attn.{name}_norm.weight").to(self.dtype)
+
         return Layer(
             input_norm_H=self._read(prefix + "input_layernorm.weight").to(self.dtype),
             qkv=self._linear([q, k, v]),
-            q_norm_D=self._read(prefix + "self_attn.q_norm.weight").to(self.dtype) if has_qk_norm else None,
-            k_norm_D=self._read(prefix + "self_attn.k_norm.weight").to(self.dtype) if has_qk_norm else None,
+            qk_norms=(norm("q"), norm("k")) if self.architecture.qk_norm else None,
             output=self._linear([output]),
             post_attention_norm_H=self._read(prefix + "post_attention_layernorm.weight").to(self.dtype),
             gate_up=self._linear([gate, up]),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.kv_cache
+import kernels.qkv
 import kernels.quantized_kv
 import kernels.rms_norm
 import kernels.rope
@@ -23,6 +24,7 @@ import kernels.sampling
 import kernels.silu_mul
 from kernels.attention_batch import AttentionBatch
 from kernels.int4_linear import QuantizedWeight
+from kernels.qkv import Norms
 from kernels.quantized_kv import Pages, QuantizedPages
 from kernels.sampling import SampleResult, SamplingBatch
 
@@ -97,11 +99,38 @@ def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Pages, v_pages_PKSD: Pa
         write_quantized(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
         return
     assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)
-    if k_pages_PKSD.dtype == torch.bfloat16:
-        k_TKD, v_TKD = k_TKD.bfloat16(), v_TKD.bfloat16()
     version = kernels.kv_cache
     write = version.write_kv_triton if is_cuda("write_kv", k_TKD) else version.write_kv_cpu
     write(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
+
+
+def norm_rope_write_kv(
+    qkv_TMD: Tensor,
+    norms: Norms | None,
+    eps: float,
+    positions_T: Tensor,
+    cos_LR: Tensor,
+    sin_LR: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
+    slots_T: Tensor,
+    cache: dict[Any, Any] | None = None,
+) -> Tensor:
+    """Norm (where a model does) and rotate the queries and keys of a fused projection, write keys and values into slots
+    of the pages, and return the queries [T, N, D].
+
+    qkv_TMD: N heads of queries, K of keys and K of values; overwritten, and the result may be a view of it. The results
+    are those of `rms_norm`, `rope` and `write_kv` one after the other.
+    """
+    if is_cuda("norm_rope_write_kv", qkv_TMD) and isinstance(k_pages, Tensor) and isinstance(v_pages, Tensor):
+        write = kernels.qkv.norm_rope_write_kv_triton
+        return write(qkv_TMD, norms, eps, positions_T, cos_LR, sin_LR, k_pages, v_pages, slots_T)
+    q_TND, k_TKD, v_TKD = kernels.qkv.split_heads(qkv_TMD, k_pages.shape[1])
+    if norms is not None:
+        q_TND, k_TKD = rms_norm(q_TND, norms[0], eps), rms_norm(k_TKD, norms[1], eps)
+    rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR, cache)
+    write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+    return q_TND
 
 
 def check_fixed_order_attention(head_dim: int, page_size: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -51,9 +51,11 @@ def _write_kv_kernel(
     page, offset = slot // page_size, slot % page_size
     in_page = offset * head_dim + column
     key = tl.load(k + token * k_stride_token + head * k_stride_head + column, mask=inside)
-    tl.store(k_pages + page * k_stride_page + head * k_stride_page_head + in_page, key, mask=inside)
+    at_k = k_pages + page * k_stride_page + head * k_stride_page_head + in_page
+    tl.store(at_k, key.to(k_pages.dtype.element_ty), mask=inside)
     value = tl.load(v + token * v_stride_token + head * v_stride_head + column, mask=inside)
-    tl.store(v_pages + page * v_stride_page + head * v_stride_page_head + in_page, value, mask=inside)
+    at_v = v_pages + page * v_stride_page + head * v_stride_page_head + in_page
+    tl.store(at_v, value.to(v_pages.dtype.element_ty), mask=inside)
 
 
 def write_kv_triton(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Tensor, v_pages_PKSD: Tensor, slots_T: Tensor) -> None:
@@ -121,8 +123,11 @@ def check_write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tenso
             raise ValueError(
                 f"write_kv: {name} pages have strides {pages.stride()}; a page's slots must be contiguous per head"
             )
-        if pages.dtype != k_TKD.dtype or v_TKD.dtype != k_TKD.dtype:
-            raise ValueError(f"write_kv: {name} pages are {pages.dtype}, k {k_TKD.dtype} and v {v_TKD.dtype}")
+        if pages.dtype not in (k_TKD.dtype, torch.bfloat16) or v_TKD.dtype != k_TKD.dtype:
+            raise ValueError(
+                f"write_kv: {name} pages are {pages.dtype}, k {k_TKD.dtype} and v {v_TKD.dtype}; "
+                "pages must be of the dtype of both, or bfloat16"
+            )
     devices = {x.device for x in (k_TKD, v_TKD, k_pages, v_pages, slots_T)}
     if len(devices) > 1:
         raise ValueError(f"write_kv: inputs are on {sorted(map(str, devices))}; they must be on one device")
@@ -135,6 +140,6 @@ def write_kv_cpu(k_TKD: Tensor, v_TKD: Tensor, k_pages: Tensor, v_pages: Tensor,
         num_pages, num_kv_heads, page_size, head_dim = pages_PKSD.shape
         if pages_PKSD.stride(0) == page_size * pages_PKSD.stride(2):  # new_kv_pages' layout: a page follows a page
             slots_KCD = pages_PKSD.transpose(0, 1).view(num_kv_heads, num_pages * page_size, head_dim)
-            slots_KCD.index_copy_(1, slots_T, x_TKD.transpose(0, 1))
+            slots_KCD.index_copy_(1, slots_T, x_TKD.transpose(0, 1).to(slots_KCD.dtype))
         else:
-            pages_PKSD[slots_T // page_size, :, slots_T % page_size] = x_TKD
+            pages_PKSD[slots_T // page_size, :, slots_T % page_size] = x_TKD.to(pages_PKSD.dtype)

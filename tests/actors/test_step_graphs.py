@@ -15,9 +15,10 @@ import actors.step_graphs as file
 from actors.config import EngineConfig, SpeculativeConfig
 from actors.engine import Engine
 from actors.requests import Request, SamplingParams
-from kernels.kv_cache import write_kv_triton
 from kernels.paged_attention import paged_attention_triton
+from kernels.qkv import norm_rope_write_kv_triton, split_heads
 from kernels.quantized_kv import write_quantized_kv_triton
+from kernels.rope import rope_triton
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here (it is on Linux)")
 
@@ -31,21 +32,28 @@ def go_through_triton(monkeypatch):
     """Let decoders on a CPU take the kernels of a GPU wherever a plan or a slot is read."""
     if DEVICE.type == "cuda":
         return
-    attend_on_cpu, rope = decoder_file.paged_attention, decoder_file.rope
+    attend_on_cpu, write_on_cpu = decoder_file.paged_attention, decoder_file.norm_rope_write_kv
+
+    # Prompts stay with the CPU's versions: they are no captured steps, and slow in the interpreter.
+    def is_captured(cache):
+        return any(key[0] == "triton_attention" for key in cache)
 
     def attend(q, k, v, batch, *others):
-        # Prompts stay with the CPU's attention: they are no captured steps, and slow in the interpreter.
-        is_captured = any(key[0] == "triton_attention" for key in batch.cache)
-        return (paged_attention_triton if is_captured else attend_on_cpu)(q, k, v, batch, *others)
+        return (paged_attention_triton if is_captured(batch.cache) else attend_on_cpu)(q, k, v, batch, *others)
 
-    def write(k, v, k_pages, v_pages, slots):
-        is_quantized = not isinstance(k_pages, torch.Tensor)
-        (write_quantized_kv_triton if is_quantized else write_kv_triton)(k, v, k_pages, v_pages, slots)
+    def norm_rope_write(qkv, norms, eps, positions, cos, sin, k_pages, v_pages, slots, cache):
+        if not is_captured(cache):
+            return write_on_cpu(qkv, norms, eps, positions, cos, sin, k_pages, v_pages, slots, cache)
+        if isinstance(k_pages, torch.Tensor):
+            return norm_rope_write_kv_triton(qkv, norms, eps, positions, cos, sin, k_pages, v_pages, slots)
+        assert norms is None
+        q, k, v = split_heads(qkv, k_pages.shape[1])
+        rope_triton(q, k, positions, cos, sin)
+        write_quantized_kv_triton(k, v, k_pages, v_pages, slots)
+        return q
 
-    # A CPU's rope keeps the tables' rows for the next layer, but a step that is run again has other positions.
-    monkeypatch.setattr(decoder_file, "rope", lambda q, k, at, cos, sin, cache: rope(q, k, at, cos, sin, {}))
     monkeypatch.setattr(decoder_file, "paged_attention", attend)
-    monkeypatch.setattr(decoder_file, "write_kv", write)
+    monkeypatch.setattr(decoder_file, "norm_rope_write_kv", norm_rope_write)
 
 
 def assert_captured_steps_answer_alike(model, tokenizer, monkeypatch, max_tokens, **settings):
