@@ -9,6 +9,7 @@ Nothing is hashed before the first eviction. Knows no tree; `prefix_tree` asks, 
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import OrderedDict, deque
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ ROOT = 0
 
 MAX_TAILS = 8
 """Ends of the order that are kept in mind: about as many as slices are in flight."""
+
+_TURNS_OF_A_PRIORITY = 1 << 44
+"""Turns are numbered apart for each priority, in the order of priorities."""
 
 _AFTER_THE_QUEUE = 1 << 60
 """Turns of what is expected behind the queue; the latest end has the lowest, and is expected first."""
@@ -50,7 +54,8 @@ def hash_path(tokens: SequenceOf[int], page_size: int, limit: int) -> tuple[list
 
 
 class FutureUses:
-    """The turns of waiting sequences, by page. A lower turn comes sooner; each waiting sequence has one of its own."""
+    """The turns of waiting sequences, by page. A lower turn comes sooner; each waiting sequence has one of its own.
+    The order of turns is that of priorities, and among equal ones that of joining."""
 
     def __init__(self, page_size: int):
         self._page_size = page_size
@@ -68,23 +73,24 @@ class FutureUses:
             return
         self._is_used = True
         for turn in sorted(self._waiting):
-            self._enlist(self._waiting[turn], at_front=False)
+            self._enlist(self._waiting[turn])
         for turn, (sequence, _) in self._tails.items():
             self._tails[turn] = self._hash_tail(sequence)
 
     def join(self, sequence: Sequence, at_front: bool = False) -> None:
-        """A sequence waits now, behind all others or before them."""
+        """A sequence waits now, behind all others of its priority or before them."""
+        sequence.turn = sequence.request.priority * _TURNS_OF_A_PRIORITY
         if at_front:
             self._first -= 1
-            sequence.turn = self._first
+            sequence.turn += self._first
         else:
             self._last += 1
-            sequence.turn = self._last
+            sequence.turn += self._last
             self._newest = sequence
         sequence.path = sequence.heads = None
         self._waiting[sequence.turn] = sequence
         if self._is_used:
-            self._enlist(sequence, at_front)
+            self._enlist(sequence)
 
     def leave(self, sequence: Sequence) -> int:
         """A sequence waits no more; returns the turn that it had."""
@@ -151,7 +157,7 @@ class FutureUses:
             sequence.path, sequence.heads = hash_path(sequence.token_ids, self._page_size, limit)
         return sequence.path, sequence.heads
 
-    def _enlist(self, sequence: Sequence, at_front: bool) -> None:
+    def _enlist(self, sequence: Sequence) -> None:
         path, heads = self._hashes(sequence)
         turn = sequence.turn
         for turns_by_key, keys in ((self._readers, path), (self._goers, heads)):
@@ -160,11 +166,13 @@ class FutureUses:
                 if turns is None:
                     turns_by_key[key] = turn  # mostly it stays alone, and a deque takes 700 bytes
                 elif isinstance(turns, int):
-                    turns_by_key[key] = deque((turn, turns) if at_front else (turns, turn))
-                elif at_front:
+                    turns_by_key[key] = deque((turn, turns) if turn < turns else (turns, turn))
+                elif turn > turns[-1]:
+                    turns.append(turn)
+                elif turn < turns[0]:
                     turns.appendleft(turn)
                 else:
-                    turns.append(turn)
+                    insort(turns, turn)
 
     def _strike(self, turns_by_key: dict[int, int | deque[int]], key: int) -> None:
         """Take out the first turn, and those behind it, that wait no more."""

@@ -19,6 +19,9 @@ FinishReason = Literal["stop", "length", "error"]
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy, as in vLLM."""
 
+MAX_PRIORITY = 1 << 14
+"""Priorities lie between this and minus this."""
+
 
 class SamplingParams(BaseModel):
     """How the tokens of one row are chosen; names and meanings are vLLM's.
@@ -65,18 +68,29 @@ class SamplingParams(BaseModel):
         return self
 
     @property
+    def has_penalties(self) -> bool:
+        """Whether the logits of a token depend on the tokens before it beside what the model makes of them."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A row inside the engine. `seed` is the row's own 64-bit seed, already derived from the job's."""
+    """A row inside the engine. `seed` is the row's own 64-bit seed, already derived from the job's. A lower `priority`
+    comes sooner, as in vLLM, and takes places and pages from higher ones; it changes no answer."""
 
     request_id: str
     prompt_token_ids: Sequence[int]
     sampling: SamplingParams
     seed: int = 0
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if abs(self.priority) > MAX_PRIORITY:
+            raise ValueError(f"priority={self.priority} is not between {-MAX_PRIORITY} and {MAX_PRIORITY}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,17 +5,22 @@ sequences come first (one token of each that decodes, the next chunk of each pro
 in their order while tokens, places and pages last. When pages run out, those go from the prefix tree that no waiting
 sequence will read, then those that are read last (`next_use`); then the sequence admitted last gives its pages back and
 is computed again later; its finished pages stay in the prefix tree, so mostly little is lost.
+
+Sequences of a better priority wait before others, and take pages, places and the tokens of a step from them; among
+others they are admitted in the order of their coming.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_right, insort
+from collections import Counter, deque
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from actors.next_use import FutureUses
 from actors.pages import PagePool
-from actors.prefix_tree import Match, PrefixTree
+from actors.prefix_tree import Match, Node, PrefixTree
+from actors.requests import MAX_PRIORITY
 from actors.sequence import Sequence
 
 WORTH_WAITING_TOKENS = 16
@@ -69,19 +74,21 @@ class Scheduler:
         self.tree = PrefixTree(
             self.pool, page_size, enable_prefix_caching, self._future if enable_prefix_caching else None
         )
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.waiting: deque[Sequence] = deque()  # by turn, which is by priority and then by coming
+        self.running: list[Sequence] = []  # in the order of their admission
+        self._has_priorities = False
         self.peak_pages = 0
         self._page_size = page_size
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
-        self._copied_from: list = []
+        self._copied_from: list[Node] = []
+        self._retired: set[Sequence] = set()
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; it must fit into the pool when alone."""
         assert sequence.max_len <= self.pool.num_pages * self._page_size
-        self.waiting.append(sequence)
-        self._future.join(sequence)
+        self._has_priorities |= sequence.request.priority != 0
+        self._wait(sequence)
 
     def expect_more(self) -> None:
         """What was added last goes on later: the pages of the last sequence are kept for what comes then, before pages
@@ -93,24 +100,33 @@ class Scheduler:
     def plan_step(self) -> StepPlan:
         """Choose what to compute next. Empty only if nothing is waiting or running."""
         plan = StepPlan()
-        budget = self._max_num_batched_tokens
-        # Those that decode first: a long prompt must not take the tokens of a step from them.
-        for sequence in sorted(self.running, key=lambda sequence: not sequence.is_decoding):
-            if not sequence.nodes:  # preempted for one before it
-                continue
-            num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
-            if num_tokens == 0 or not self._ensure_pages(sequence):
-                continue
-            plan.sequences.append(sequence)
-            plan.num_tokens.append(num_tokens)
-            budget -= num_tokens
-        preempted = [i for i, sequence in enumerate(plan.sequences) if not sequence.nodes]
-        for i in reversed(preempted):
-            del plan.sequences[i], plan.num_tokens[i]
-        if not preempted:
-            self._admit(plan, budget)
+        order = sorted(self.running, key=_place_in_step)
+        num_first = len(order)
+        if self.waiting and order and _place_in_step(order[-1]) > self.waiting[0].request.priority:
+            # Prompts that are begun get what is left behind those that are to come before them.
+            num_first = bisect_right(order, self.waiting[0].request.priority, key=_place_in_step)
+        budget = self._go_on(order[:num_first], plan, self._max_num_batched_tokens)
+        if not _drop_preempted(plan):
+            budget = self._admit(plan, budget, may_hold_back=num_first == len(order))
+        self._go_on(order[num_first:], plan, budget)
         self.peak_pages = max(self.peak_pages, self.pool.num_pages - self.tree.num_available)
         return plan
+
+    def plan_ahead(self) -> StepPlan | None:
+        """`plan_step` before the tokens of the step that was committed last are known, its sequences ending in
+        UNKNOWN_TOKEN; those that are then at their longest are left out. None where it would preempt somebody: a
+        sequence that has perhaps ended needs no pages of others."""
+        size = self._page_size
+        num_missing = sum(
+            max(0, -(-len(sequence.token_ids) // size) - len(sequence.nodes))
+            for sequence in self.running
+            if len(sequence.token_ids) < sequence.max_len
+        )
+        if num_missing > self.tree.num_available:
+            return None
+        if self.waiting and self._gives_way_to(self.waiting[0]) is not None:
+            return None
+        return self.plan_step()
 
     def num_draftable(self, plan: StepPlan) -> int:
         """How many draft tokens the step has room for."""
@@ -130,15 +146,28 @@ class Scheduler:
         self._copied_from = []
         size = self._page_size
         for sequence, num_tokens in zip(plan.sequences, plan.num_tokens):
+            if sequence.finish_reason is not None:
+                continue  # it has ended since: nobody needs what was computed behind its end
             before, sequence.num_computed = sequence.num_computed, sequence.num_computed + num_tokens
             if before < sequence.num_prompt:
                 for i in range(before // size, -(-sequence.num_computed // size)):
                     node = sequence.nodes[i]
                     node.num_computed = min(sequence.num_computed - i * size, len(node.tokens))
 
+    def retire(self, sequence: Sequence) -> None:
+        """Take a running sequence that has ended out of all later steps. Its pages stay its own until it is finished or
+        discarded, as a step that is being computed writes to them; nobody finds those of an error any more."""
+        self.running.remove(sequence)
+        self._retired.add(sequence)
+        if sequence.finish_reason == "error":
+            sequence.num_computed = sequence.num_shared * self._page_size
+            self.tree.settle(sequence.nodes, sequence.num_shared, sequence.token_ids, sequence.num_computed)
+
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, whether it is running or waiting, and give its pages to the prefix tree."""
-        if sequence in self.running:
+        """Take a sequence out, whether it is running, waiting or retired, and give its pages to the prefix tree."""
+        if sequence in self._retired:
+            self._retired.remove(sequence)
+        elif sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
@@ -151,15 +180,18 @@ class Scheduler:
         nodes = sequence.nodes
         sequence.num_computed = sequence.num_shared * self._page_size
         self.finish(sequence)
-        return [node.page for node in nodes if not node.in_tree and node.num_refs == 0]
+        # A copy that was planned of one has been made when it is cleared, as its step was launched.
+        num_copies = Counter(self._copied_from)
+        return [node.page for node in nodes if not node.in_tree and node.num_refs == num_copies[node]]
 
     def _ensure_pages(self, sequence: Sequence) -> bool:
-        """Make room for all known tokens of a sequence, preempting later ones; False if it was preempted itself."""
+        """Make room for all known tokens of a sequence, preempting those of a worse priority, then later ones; False if
+        it was preempted itself."""
         num_missing = -(-len(sequence.token_ids) // self._page_size) - len(sequence.nodes)
         if num_missing <= 0:
             return True
         while self.tree.num_available < num_missing:
-            victim = self.running[-1]
+            victim = self._last_in_line()
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -174,8 +206,30 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.num_preemptions += 1
-        self.waiting.appendleft(sequence)
-        self._future.join(sequence, at_front=True)
+        self._wait(sequence, at_front=True)
+
+    def _last_in_line(self) -> Sequence:
+        """The running sequence that gives way first: of the worst priority, the one admitted last."""
+        if not self._has_priorities:
+            return self.running[-1]
+        return max(reversed(self.running), key=lambda sequence: sequence.request.priority)
+
+    def _gives_way_to(self, sequence: Sequence) -> Sequence | None:
+        """The running sequence that is preempted for one that waits; None if none has a worse priority."""
+        if not self._has_priorities or not self.running:
+            return None
+        last = self._last_in_line()
+        return last if last.request.priority > sequence.request.priority else None
+
+    def _wait(self, sequence: Sequence, at_front: bool = False) -> None:
+        """Queue a sequence behind all others of its priority, or before them."""
+        self._future.join(sequence, at_front)
+        if not self.waiting or self.waiting[-1].turn < sequence.turn:
+            self.waiting.append(sequence)
+        elif sequence.turn < self.waiting[0].turn:
+            self.waiting.appendleft(sequence)
+        else:
+            insort(self.waiting, sequence, key=lambda other: other.turn)
 
     def _stop_waiting(self, sequence: Sequence) -> None:
         self.tree.reader_gone(self._future.leave(sequence))
@@ -186,20 +240,45 @@ class Scheduler:
         sequence.nodes, sequence.pages = [], []
         sequence.num_shared = sequence.num_computed = 0
 
-    def _admit(self, plan: StepPlan, budget: int) -> None:
+    def _go_on(self, sequences: SequenceOf[Sequence], plan: StepPlan, budget: int) -> int:
+        """Plan running sequences with at most `budget` tokens; returns how many are left."""
+        for sequence in sequences:
+            # Preempted for another; or at its end, but for a token that nobody has read yet.
+            if not sequence.nodes or len(sequence.token_ids) >= sequence.max_len:
+                continue
+            num_tokens = min(len(sequence.token_ids) - sequence.num_computed, budget)
+            if num_tokens == 0 or not self._ensure_pages(sequence):
+                continue
+            plan.sequences.append(sequence)
+            plan.num_tokens.append(num_tokens)
+            budget -= num_tokens
+        return budget
+
+    def _admit(self, plan: StepPlan, budget: int, may_hold_back: bool) -> int:
+        """Take waiting sequences into the step with at most `budget` tokens; returns how many are left."""
         held_back: list[Sequence] = []
         whole_budget = budget
-        while self.waiting and budget > 0 and len(self.running) < self._max_num_seqs and len(held_back) < MAX_HELD_BACK:
+        victim: Sequence | None = None
+        while self.waiting and budget > 0 and len(held_back) < MAX_HELD_BACK:
             sequence = self.waiting[0]
+            is_full = len(self.running) >= self._max_num_seqs
+            if sequence is victim or (is_full and self._gives_way_to(sequence) is None):
+                break
             match = self.tree.match(sequence.token_ids, len(sequence.token_ids) - 1)
             num_left = len(sequence.token_ids) - len(match.nodes) * self._page_size - match.num_partial
             if budget < num_left <= whole_budget:
                 break  # whole in the next step: a cut prompt costs a second pass over its first part
-            if match.num_pending >= WORTH_WAITING_TOKENS:
+            # Whoever computes them may have to wait for this one.
+            if match.num_pending >= WORTH_WAITING_TOKENS and may_hold_back:
                 held_back.append(self.waiting.popleft())
                 continue
-            if not self._place(sequence, match, plan):
-                break
+            if is_full or not self._place(sequence, match, plan):
+                worse = self._gives_way_to(sequence)
+                if worse is None:
+                    break
+                self._preempt(worse)
+                victim = worse
+                continue  # to match again, for the tree is another now
             self.waiting.popleft()
             self._stop_waiting(sequence)
             self.running.append(sequence)
@@ -208,6 +287,9 @@ class Scheduler:
             plan.num_tokens.append(num_tokens)
             budget -= num_tokens
         self.waiting.extendleft(reversed(held_back))
+        if victim is not None:
+            _drop_preempted(plan)
+        return budget
 
     def _place(self, sequence: Sequence, match: Match, plan: StepPlan) -> bool:
         """Give a waiting sequence its shared and own pages; False if there are too few."""
@@ -238,3 +320,16 @@ class Scheduler:
             own[0].num_computed = min(match.num_partial, len(own[0].tokens))
             self._copied_from.append(match.partial)
         return True
+
+
+def _place_in_step(sequence: Sequence) -> int:
+    """Lower comes first. Those that decode before all prompts, which must not take the tokens of a step from them."""
+    return -MAX_PRIORITY - 1 if sequence.is_decoding else sequence.request.priority
+
+
+def _drop_preempted(plan: StepPlan) -> bool:
+    """Take sequences out of a plan that were preempted after they came into it; whether there were any."""
+    preempted = [i for i, sequence in enumerate(plan.sequences) if not sequence.nodes]
+    for i in reversed(preempted):
+        del plan.sequences[i], plan.num_tokens[i]
+    return bool(preempted)

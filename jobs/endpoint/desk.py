@@ -1,5 +1,6 @@
 """Where requests meet the engine: admitted while there is room, answered whole or as a stream, counted, given back.
-Requests of batches come in by the back door: they wait for places that clients leave free.
+Requests of batches come in by the back door: they wait for places that clients leave free, and give way to clients that
+come later.
 
 Knows no HTTP; `jobs.endpoint.app` turns its errors into responses.
 """
@@ -11,6 +12,7 @@ import contextlib
 import math
 import time
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 from actors.requests import Completion, EngineError, Request
@@ -20,6 +22,8 @@ from pipeline.openai_api.errors import ApiError, error_of_row
 
 _MAX_RETRY_AFTER_S = 60
 _LOOK_AGAIN_S = 0.02
+_BATCH_PRIORITY = 1
+"""A client's is 0, which is better."""
 
 
 class Worker(Protocol):
@@ -106,9 +110,11 @@ class Desk:
         self.num_background -= num_places
 
     async def answer_in_background(self, requests: list[Request]) -> list[Completion]:
-        """As `answer`, in places that `enter_background` has taken."""
+        """As `answer`, in places that `enter_background` has taken. Clients that come meanwhile may have these for as
+        long as they run."""
         self._refuse_in_trouble()
-        return await self._generate(requests, is_online=False)
+        behind = [replace(request, priority=_BATCH_PRIORITY) for request in requests]
+        return await self._generate(behind, is_online=False)
 
     async def _generate(self, requests: list[Request], *, is_online: bool) -> list[Completion]:
         with _engine_errors():

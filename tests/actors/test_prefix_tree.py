@@ -16,12 +16,19 @@ from actors.sequence import Sequence
 
 def drive(scheduler, sequences, rng, abort_share=0.0):
     """Run sequences to their end with made-up tokens, checking after every step that no page has two owners."""
-    for sequence in sequences:
-        scheduler.add(sequence)
+    coming = list(reversed(sequences))
     steps = 0
-    while scheduler.waiting or scheduler.running:
+    while coming or scheduler.waiting or scheduler.running:
+        for _ in range(rng.randint(0 if scheduler.waiting or scheduler.running else 1, 5)):
+            if coming:
+                scheduler.add(coming.pop())
         plan = scheduler.plan_step()
         assert plan.sequences, "somebody can always go on"
+        assert len(set(plan.sequences)) == len(plan.sequences) <= len(scheduler.running)
+        assert sum(plan.num_tokens) <= scheduler._max_num_batched_tokens
+        assert all(sequence.nodes and sequence in scheduler.running for sequence in plan.sequences)
+        turns = [sequence.turn for sequence in scheduler.waiting]
+        assert turns == sorted(turns)
         wanting = plan.wanting
         num_drafts = {sequence: scheduler.room_for_draft(sequence, rng.randrange(5)) for sequence in wanting}
         check_owners(scheduler)
@@ -59,20 +66,20 @@ def check_owners(scheduler):
     assert tree.num_unused == num_unused
 
 
-def make_sequence(tokens, max_tokens, name="s"):
-    return Sequence(Request(name, tokens, SamplingParams(max_tokens=max_tokens)), 0, 1000)
+def make_sequence(tokens, max_tokens, name="s", priority=0):
+    return Sequence(Request(name, tokens, SamplingParams(max_tokens=max_tokens), priority=priority), 0, 1000)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 40), st.booleans())
-def test_no_page_is_lost_or_owned_twice_whatever_happens(seed, page_size, budget, caching):
+@given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 40), st.booleans(), st.integers(1, 3))
+def test_no_page_is_lost_or_owned_twice_whatever_happens(seed, page_size, budget, caching, num_priorities):
     rng = random.Random(seed)
     scheduler = Scheduler(max(8, 60 // page_size), page_size, rng.randint(1, 8), budget, caching)
     room = scheduler.pool.num_pages * page_size
     sequences = []
     for _ in range(15):
         prompt = [rng.randrange(3) for _ in range(rng.randint(1, room // 3))]
-        sequences.append(make_sequence(prompt, rng.randint(1, room // 3)))
+        sequences.append(make_sequence(prompt, rng.randint(1, room // 3), priority=rng.randrange(num_priorities)))
     drive(scheduler, sequences, rng, abort_share=0.1)
     assert scheduler.tree.num_available == scheduler.pool.num_pages
     check_owners(scheduler)

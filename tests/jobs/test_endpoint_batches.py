@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import socket
+import threading
+import time
 
 import httpx2
 import openai
@@ -158,6 +161,43 @@ def test_clients_are_answered_while_a_batch_runs(live, client):
     assert client.batches.retrieve(batch.id).status == "in_progress", "the client did not wait for the batch"
     client.batches.cancel(batch.id)
     wait(client, batch)
+
+
+def test_a_batch_in_all_places_gives_one_up_for_a_client_and_answers_the_same(tmp_path, live):
+    lines = [chat(str(i), f"My watch is late. Order 7-{i}.", max_tokens=40, ignore_eos=True) for i in range(4)]
+    places = {"engine": {"max_num_seqs": 4}, "limits": {"max_choices": 4}}
+    config = settings(**places, batches={"storage": str(tmp_path), "max_num_seqs": 4})
+    with live_endpoint(config) as narrow, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        worker = narrow.endpoint.desk.worker
+        step, is_full, may_go_on = worker.engine.step, threading.Event(), threading.Event()
+
+        def step_by_step():
+            load = worker.load()
+            if not is_full.is_set() and load.num_running + load.num_waiting < 4:
+                time.sleep(0.005)
+                return []
+            if load.num_running == 4:
+                is_full.set()
+                assert may_go_on.wait(120)
+            return step()
+
+        worker.engine.step = step_by_step
+        client = narrow.client()
+        batch = start(client, lines)
+        assert is_full.wait(120)
+        own = chat("x", max_tokens=3, ignore_eos=True)["body"]
+        asking = pool.submit(httpx2.post, f"{narrow.url}{CHAT}", json=own, timeout=120)
+        while not (worker._arrivals or asking.done()):
+            time.sleep(0.01)
+        may_go_on.set()
+        assert asking.result().json()["usage"]["completion_tokens"] == 3
+        done = wait(client, batch)
+        assert done.request_counts.completed == 4
+        assert worker.stats().num_preemptions == 1, "the client had a place at once"
+        answers = {line["custom_id"]: line["response"]["body"] for line in read(client, done.output_file_id)}
+        for line in lines:
+            single = httpx2.post(f"{live.url}{CHAT}", json=line["body"], timeout=60).json()
+            assert_same(answers[line["custom_id"]], single)
 
 
 def test_files_are_uploaded_listed_read_and_deleted(client):
