@@ -27,13 +27,13 @@ from actors.weights.quantization import concatenate, fitting_group_size, quantiz
 from kernels.attention_batch import AttentionBatch, new_kv_pages
 from kernels.backend import (
     Linear,
+    Gated,
     add_rms_norm,
     check_fixed_order_attention,
     norm_rope_write_kv,
     paged_attention,
     prepare_linear,
     rms_norm,
-    silu_mul,
 )
 from kernels.cpu_linear import dtype_name
 from kernels.int4_linear import PLANE_BITS, QuantizedWeight, dequantize
@@ -47,7 +47,10 @@ KVPages = list[tuple[Pages, Pages]]
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer, its weights in the form in which the device multiplies them."""
+    """One decoder layer, its weights in the form in which the device multiplies them.
+
+    gate_up: with the activation, so [T, hidden size] to [T, width of the feed-forward].
+    """
 
     input_norm_H: Tensor
     qkv: Linear
@@ -152,7 +155,7 @@ class Decoder:
                     return torch.empty(0, self.vocab_size, device=self.device)
                 attended_TF, residual_TH = attended_TF[last_rows], residual_TH[last_rows]
             x_TH = add_rms_norm(layer.output(attended_TF), residual_TH, layer.post_attention_norm_H, self._eps)
-            x_TH = layer.down(silu_mul(layer.gate_up(x_TH), self.deterministic))
+            x_TH = layer.down(layer.gate_up(x_TH))
             x_TH = add_rms_norm(x_TH, residual_TH, self._next_norms[i], self._eps)
         return self._head(x_TH).float()
 
@@ -241,7 +244,7 @@ class _Loader:
             qk_norms=(norm("q"), norm("k")) if self.architecture.qk_norm else None,
             output=self._linear([output]),
             post_attention_norm_H=self._read(prefix + "post_attention_layernorm.weight").to(self.dtype),
-            gate_up=self._linear([gate, up]),
+            gate_up=self._linear([gate, up], gated=True),
             down=self._linear([down]),
             window=self.architecture.windows[index],
         )
@@ -249,8 +252,8 @@ class _Loader:
     def _read(self, name: str) -> Tensor:
         return self.checkpoint.read(name).to(self.device)
 
-    def _linear(self, specs: Sequence[LinearSpec], round_to_int4: bool = True) -> Linear:
-        """Read linear layers of the same input and fuse them into one."""
+    def _linear(self, specs: Sequence[LinearSpec], round_to_int4: bool = True, gated: bool = False) -> Linear:
+        """Read linear layers of the same input and fuse them into one; gated: with silu_mul after it."""
         parts = [self._weight(spec, round_to_int4) for spec in specs]
         weights, order_K = [weight for weight, _ in parts], parts[0][1]
         biases = [self._bias(spec) for spec in specs]
@@ -259,18 +262,25 @@ class _Loader:
         is_one_order = all(_is_same_order(order_K, order) for _, order in parts)
         fused = concatenate(weights) if is_one_order else None
         if fused is None:
-            return SideBySide([self._prepare(weight, bias, order) for (weight, order), bias in zip(parts, biases)])
+            linear = SideBySide([self._prepare(weight, bias, order) for (weight, order), bias in zip(parts, biases)])
+            return Gated(linear, self.config.deterministic) if gated else linear
         # Else the parts would live beside their copy while that is prepared.
         weights.clear()
         parts.clear()
         bias = None if biases[0] is None else torch.cat([b for b in biases if b is not None])
-        return self._prepare(fused, bias, order_K)
+        return self._prepare(fused, bias, order_K, gated)
 
     def _bias(self, linear: LinearSpec) -> Tensor | None:
         bias_N = self.checkpoint.read_bias(linear)
         return None if bias_N is None else bias_N.to(self.device, self.dtype)
 
-    def _prepare(self, weight: Tensor | QuantizedWeight, bias: Tensor | None, order_K: Tensor | None = None) -> Linear:
+    def _prepare(
+        self,
+        weight: Tensor | QuantizedWeight,
+        bias: Tensor | None,
+        order_K: Tensor | None = None,
+        gated: bool = False,
+    ) -> Linear:
         # How a weight is multiplied is a choice that only a CPU has.
         compute = self.config.linear_compute if self.device.type == "cpu" else "auto"
         products = PLANE_BITS if self.device.type == "cuda" else (4,)
@@ -287,6 +297,7 @@ class _Loader:
             compute=compute,
             deterministic=self.config.deterministic,
         )
+            gated=gated,
         return linear if order_K is None else Reordered(linear, order_K)
 
     def _weight(self, linear: LinearSpec, round_to_int4: bool) -> tuple[Tensor | QuantizedWeight, Tensor | None]:

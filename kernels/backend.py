@@ -182,8 +182,10 @@ def prepare_linear(
 ) -> Linear:
     """Bring a weight [N, K] and bias [N] into the form in which this device multiplies fastest.
 
+    gated: bool = False,
     dtype is that of the activations. compute names one of the CPU's ways; on CUDA it must be "auto". deterministic: a
-    row's bits depend on the row and the weight alone; ValueError where this device cannot.
+    row's bits depend on the row and the weight alone; ValueError where this device cannot. gated: the weight is that of
+    a gate and below it of an up projection, and the result silu_mul's of the product, [T, N / 2].
     """
     is_on_cuda = is_cuda("prepare_linear", device)
     if is_on_cuda and compute != "auto":
@@ -191,7 +193,10 @@ def prepare_linear(
     if is_on_cuda and isinstance(weight, QuantizedWeight):
         from kernels.int4_linear import Int4Linear
 
-        return Int4Linear(weight, bias, dtype=dtype, device=device, deterministic=deterministic)
+        return Int4Linear(weight, bias, dtype=dtype, device=device, deterministic=deterministic, gated=gated)
+    if gated:
+        linear = prepare_linear(weight, bias, dtype=dtype, device=device, compute=compute, deterministic=deterministic)
+        return Gated(linear, deterministic)
     if deterministic:
         from kernels.fixed_order_linear import prepare_fixed_order_linear
 
@@ -221,4 +226,17 @@ class DenseLinear:
 def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
     """Choose one token per row of float32 logits, with keyed noise."""
     version = kernels.sampling
+class Gated:
+    """A gate and an up projection in one linear layer, and silu_mul after it."""
+
+    def __init__(self, linear: Linear, deterministic: bool) -> None:
+        self.linear, self.deterministic = linear, deterministic
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return silu_mul(self.linear(x_TK), self.deterministic)
+
+    def describe(self) -> str:
+        return self.linear.describe()
+
+
     return (version.sample_triton if is_cuda("sample", logits_BV) else version.sample_cpu)(logits_BV, batch)

@@ -2,7 +2,7 @@
 
     y[m, n] = bias[n] + sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero[n, k // g])
 
-On CUDA a weight is repacked once into planes (int4_kernels.py says how), and multiplied by one of three ways, by the
+On CUDA a weight is repacked once into planes (int4_planes.py says how), and multiplied by one of three ways, by the
 number of rows: for few, tiles with x as the left operand; for more, with the weight as the left operand; for many, the
 weight is expanded and multiplied by torch, as arithmetic then binds and not memory. Up to how many rows, and with which
 tiles, stands in tuned.json per architecture.
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels.int4_kernels as kernels_of_planes
+from kernels.silu_mul import silu_mul_triton
 from kernels.tuned import LinearTile, architecture_of, linear_tiles
 
 GROUP_SIZES = (32, 64, 128)
@@ -122,6 +123,11 @@ def pack_scales(scale_NG: Tensor, zero_NG: Tensor | None, bits: int) -> Tensor:
     return (cleared | zero_NG.to(torch.int32)).view(torch.float32)
 
 
+def interleave_halves(x_N: Tensor) -> Tensor:
+    """Rows 0, N/2, 1, N/2 + 1 ... of [N, ...]: each of a gate beside its twin of the up projection."""
+    return x_N.unflatten(0, (2, -1)).transpose(0, 1).flatten(0, 1)
+
+
 def choose_splits(num_columns: int, num_blocks: int, tile: LinearTile) -> int:
     """Into how many parts K is cut; of the weight's shape alone, so that a result does not depend on the batch."""
     wanted = max(1, min(tile.programs // -(-num_columns // tile.columns), num_blocks // FEWEST_BLOCKS, MAX_SPLITS))
@@ -144,9 +150,11 @@ class Int4Linear:
         dtype: torch.dtype,
         device: torch.device,
         deterministic: bool = False,
+        gated: bool = False,
         tiles: tuple[LinearTile, ...] | None = None,
     ) -> None:
-        """tiles: instead of tuned.json's, by rising max_rows."""
+        """gated: the result is silu_mul's of the product, [M, N / 2], the same bits, and mostly in the same launch.
+        tiles: instead of tuned.json's, by rising max_rows."""
         if weight.bits not in PLANE_BITS:
             raise ValueError(
                 f"int4_linear: the weight has {weight.bits} bits; it must have one of {PLANE_BITS}, or be dequantised"
@@ -155,13 +163,20 @@ class Int4Linear:
             raise ValueError(f"int4_linear: dtype is {dtype}; on {device} it must be float16 or bfloat16")
         if bias is not None and bias.shape != (weight.shape[0],):
             raise ValueError(f"int4_linear: bias is {tuple(bias.shape)}; it must be [{weight.shape[0]}]")
+        if gated and weight.shape[0] % 2:
+            raise ValueError(f"int4_linear: a gate and an up projection have {weight.shape[0]} rows; it must be even")
         self.num_columns, self.depth = weight.shape
         self.bits, self.group_size, self.dtype = weight.bits, weight.group_size, dtype
         self.has_zero = weight.zero_NG is not None
         self.block_depth = block_depth(weight.bits, weight.group_size)
-        self.words = pack_planes(weight.q_NK.to(device), weight.bits, self.block_depth)
+        self.is_gated = gated
+        q_NK, scale_NG = weight.q_NK.to(device), weight.scale_NG.to(device)
         zero_NG = None if weight.zero_NG is None else weight.zero_NG.to(device)
-        self.scale_GN = self._pad_groups(pack_scales(weight.scale_NG.to(device), zero_NG, weight.bits))
+        if gated:
+            q_NK, scale_NG = interleave_halves(q_NK), interleave_halves(scale_NG)
+            zero_NG = None if zero_NG is None else interleave_halves(zero_NG)
+        self.words = pack_planes(q_NK, weight.bits, self.block_depth)
+        self.scale_GN = self._pad_groups(pack_scales(scale_NG, zero_NG, weight.bits))
         self.bias_N = None if bias is None else bias.to(device=device, dtype=dtype)
         self.tiles = tiles or linear_tiles(architecture_of(device), weight.bits, weight.group_size)
         self.is_deterministic = deterministic
@@ -188,7 +203,8 @@ class Int4Linear:
         if self.is_deterministic:
             tile = self.tiles[-1]
             return torch.cat([self._multiply(rows_MK, tile) for rows_MK in x_MK.split(tile.max_rows)])
-        return F.linear(x_MK, self.expand(), self.bias_N)
+        y_MN = F.linear(x_MK, self.expand(), self.bias_N)
+        return silu_mul_triton(y_MN) if self.is_gated else y_MN
 
     def _check(self, x_MK: Tensor) -> None:
         if x_MK.ndim != 2 or x_MK.shape[1] != self.depth:
@@ -202,7 +218,8 @@ class Int4Linear:
         num_rows = len(x_MK)
         if x_MK.stride(1) != 1:
             x_MK = x_MK.contiguous()
-        y_MN = torch.empty((num_rows, self.num_columns), dtype=self.dtype, device=x_MK.device)
+        width = self.num_columns // 2 if self.is_gated else self.num_columns
+        y_MN = torch.empty((num_rows, width), dtype=self.dtype, device=x_MK.device)
         if not num_rows:
             return y_MN
         padded_columns, num_blocks = len(self.words), self.num_blocks
@@ -233,6 +250,7 @@ class Int4Linear:
             GROUP=self.group_size,
             HAS_ZERO=self.has_zero,
             HAS_BIAS=self.bias_N is not None,
+            GATED=self.is_gated,
             RAGGED=self.depth % self.block_depth != 0,
             SPLITS=num_splits,
             ROWS=tile.rows,
@@ -264,6 +282,7 @@ class Int4Linear:
             BITS=self.bits,
             GROUP=self.group_size,
             HAS_ZERO=self.has_zero,
+            GATED=self.is_gated,
             COLUMNS=columns,
             DEPTH=self.block_depth,
             num_warps=4,
@@ -277,7 +296,8 @@ class Int4Linear:
         if self.is_deterministic:
             above = f"in fixed tiles of {self.tiles[-1].rows} rows"
         num_splits = choose_splits(self.num_columns, self.num_blocks, self.tiles[0])
-        return f"int{self.bits} g{self.group_size} {zeros}, Triton in planes, K in {num_splits} splits; {above}"
+        silu = ", silu in the epilogue" if self.is_gated else ""
+        return f"int{self.bits} g{self.group_size} {zeros}, Triton in planes, K in {num_splits} splits{silu}; {above}"
 
 
 def int4_linear_reference(x_MK: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:

@@ -21,7 +21,10 @@ class KernelOnDemand:
         return self.jit_function()[grid]
 
     def jit_function(self) -> Any:
-        """Make every kernel of the declaring file a `triton.jit` function, and return this one."""
+        """Make every kernel that the declaring file names a `triton.jit` function, and return this one.
+
+        Device functions that it imports are made so in their own files.
+        """
         import triton
         import triton.language as tl
 
@@ -29,10 +32,11 @@ class KernelOnDemand:
         namespace["tl"] = tl
         for name, value in list(namespace.items()):
             if isinstance(value, KernelOnDemand):
-                namespace[name] = triton.jit(value.function)
+                is_own = value.function.__globals__ is namespace
+                namespace[name] = triton.jit(value.function) if is_own else value.jit_function()
         return namespace[self.function.__name__]
 
 
 def triton_kernel(function: Any) -> Any:
-    """Decorator: declare a Triton kernel, or a device function for kernels of the same file."""
+    """Decorator: declare a Triton kernel, or a device function for kernels of this and other files."""
     return KernelOnDemand(function)

@@ -33,8 +33,14 @@ def _silu_mul_kernel(gate_up, y, stride_token, width, BLOCK: tl.constexpr):
     at = gate_up + token * stride_token + column
     gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(at + width, mask=inside, other=0.0).to(tl.float32)
-    activated = (gate / (1.0 + tl.exp(-gate))).to(y.dtype.element_ty).to(tl.float32)
-    tl.store(y + token * width + column, (activated * up).to(y.dtype.element_ty), mask=inside)
+    tl.store(y + token * width + column, silu_times(gate, up, y.dtype.element_ty), mask=inside)
+
+
+@triton_kernel
+def silu_times(gate, up, dtype: tl.constexpr):
+    """silu(gate) * up of float32 values that are dtype's, in dtype; also int4_linear's epilogue."""
+    activated = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    return (activated * up).to(dtype)
 
 
 def silu_mul_triton(gate_up_TF: Tensor) -> Tensor:

@@ -71,6 +71,24 @@ def test_an_int4_weight_is_prepared_on_a_cpu():
     assert layer.describe()
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_gated_layer_on_a_cpu_is_the_layer_and_then_the_activation(packed, deterministic):
+    torch.manual_seed(0)
+    weight = torch.randn(26, 64)
+    if packed:
+        weight = QuantizedWeight(torch.randint(0, 16, (26, 64), dtype=torch.uint8), torch.rand(26, 2) * 0.1, 32)
+    bias, x = torch.randn(26), torch.randn(5, 64)
+    settings = {"dtype": torch.float32, "device": torch.device("cpu"), "compute": "float32" if not packed else "auto"}
+    plain, gated = (
+        backend.prepare_linear(weight, bias, **settings, deterministic=deterministic, gated=gated)
+        for gated in (False, True)
+    )
+    assert gated(x).shape == (5, 13)
+    assert torch.equal(gated(x), backend.silu_mul(plain(x), deterministic))
+    assert gated.describe() == plain.describe()
+
+
 def rope_arguments(**changes):
     defaults = {
         "q_TND": torch.zeros(2, 4, 8),

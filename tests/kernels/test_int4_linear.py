@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import kernels.int4_kernels as kernels_of_planes
 import kernels.int4_linear as file
+import kernels.int4_planes as planes_file
 from kernels.compare import compare
 from kernels.int4_linear import (
     Int4Linear,
@@ -22,6 +22,7 @@ from kernels.int4_linear import (
     pack_planes,
     pack_scales,
 )
+from kernels.silu_mul import silu_mul_cpu, silu_mul_reference, silu_mul_triton
 from kernels.tuned import ARCHITECTURES, LinearTile, linear_tiles, load_table
 
 pytestmark = pytest.mark.usefixtures("guarded")
@@ -124,6 +125,54 @@ def test_the_expanded_weight_is_the_dequantised_one(name, device, monkeypatch):
     layer, _, weight, _ = make_layer(case, device, monkeypatch)
     report = compare(layer.expand(), dequantize(weight).to(case.dtype), dequantize(weight).double())
     assert report.holds, report
+
+
+GATED = {
+    "one row, N below a tile": Case(1, num_columns=14),
+    "odd width, zero points, bias": Case(5, num_columns=130, zeros=True, bias=True),
+    "g32, K not a multiple of a block, splits": Case(
+        17, num_columns=66, depth=416, group_size=32, zeros=True, splits=3
+    ),
+    "float16, two splits, bias": Case(3, depth=512, splits=2, bias=True, dtype=torch.float16),
+    "weights on the left, splits": Case(40, num_columns=134, depth=512, zeros=True, splits=2, bias=True),
+    "in two row tiles": Case(130, num_columns=66, group_size=64, splits=2),
+    "8 bits": Case(20, num_columns=70, bits=8, zeros=True, bias=True),
+}
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_gated_it_gives_the_bits_of_silu_mul_on_the_product(name, device, monkeypatch):
+    case = GATED[name]
+    layer, x, weight, bias = make_layer(case, device, monkeypatch)
+    gated = Int4Linear(weight, bias, dtype=case.dtype, device=device, gated=True)
+    expected = silu_mul_triton(layer(x))
+    for _ in range(2):  # twice, as the counter of arrivals must be ready again
+        got = gated(x)
+        assert got.shape == (case.num_rows, case.num_columns // 2) and not got.isnan().any()
+        assert torch.equal(got, expected)
+    assert torch.equal(gated.expand(), layer.expand())
+    monkeypatch.setattr(gated, "tiles", ())  # as for many rows
+    assert torch.equal(gated(x), silu_mul_triton(F.linear(x, layer.expand(), bias)))
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 70])
+def test_gated_it_is_as_exact_as_torch(num_rows, device, monkeypatch):
+    case = Case(num_rows, num_columns=70, zeros=True, bias=True)
+    _, x, weight, bias = make_layer(case, device, monkeypatch)
+    layer = Int4Linear(weight, bias, dtype=case.dtype, device=device, gated=True)
+    in_torch = silu_mul_cpu(torch_in_dtype(x, weight, bias))
+    report = compare(layer(x), in_torch, silu_mul_reference(int4_linear_reference(x, weight, bias)))
+    assert report.holds, report
+
+
+def test_gated_and_in_fixed_order_rows_take_one_tile(device):
+    torch.manual_seed(0)
+    weight = QuantizedWeight(torch.randint(0, 16, (72, 256), dtype=torch.uint8), torch.rand(72, 8) * 0.1, 32)
+    layer = Int4Linear(weight, None, dtype=torch.float16, device=device, deterministic=True, gated=True)
+    x = torch.randn(130, 256).to(device=device, dtype=torch.float16)
+    whole = layer(x)
+    for rows in ([17, 3], list(range(20, 125))):
+        assert torch.equal(layer(x[rows]), whole[rows])
 
 
 def test_many_rows_are_multiplied_by_the_expanded_weight(device, monkeypatch):
@@ -240,7 +289,7 @@ UNPACKING = [(4, torch.bfloat16), (4, torch.float16), (8, torch.bfloat16), (8, t
 @pytest.mark.parametrize("index", range(4))
 def test_the_inline_ptx_unpacks_every_word_exactly(index):
     bits, dtype = UNPACKING[index]
-    source = Path(kernels_of_planes.__file__).read_text(encoding="utf-8")
+    source = Path(planes_file.__file__).read_text(encoding="utf-8")
     code = re.findall(r'inline_asm_elementwise\(\s+"""(.*?)"""', source, re.S)[index]
     num_planes = 16 // bits
     words = torch.arange(1 << 16)
@@ -251,7 +300,7 @@ def test_the_inline_ptx_unpacks_every_word_exactly(index):
         bias = torch.tensor(-(zero + (1024.0 if dtype == torch.float16 else 128.0)), dtype=dtype)
         bias_bits = int(bias.view(torch.int16)) & 0xFFFF
         magic = 0xE400 if dtype == torch.float16 else 0xC300
-        assert not takes_zero or bias_bits == magic | zero  # as _plane_zeros makes it
+        assert not takes_zero or bias_bits == magic | zero  # as plane_zeros makes it
         operands = {f"${num_planes}": words | (words.flip(0) << 16)}
         if takes_zero:
             operands |= {f"${num_planes + 1 + i}": torch.tensor(bias_bits << 16 | bias_bits) for i in range(num_planes)}
@@ -291,6 +340,8 @@ def test_inputs_that_do_not_fit_are_refused(device):
         QuantizedWeight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2), 32, bits=5)
     with pytest.raises(ValueError, match="bias is"):
         Int4Linear(quantized(), torch.zeros(5), dtype=torch.float16, device=device)
+    with pytest.raises(ValueError, match="have 3 rows; it must be even"):
+        Int4Linear(quantized((3, 64), (3, 2)), None, dtype=torch.float16, device=device, gated=True)
     layer = Int4Linear(quantized(), None, dtype=torch.float16, device=device)
     with pytest.raises(ValueError, match=r"must be \[rows, 64\]"):
         layer(torch.zeros(2, 65, dtype=torch.float16, device=device))
@@ -301,3 +352,5 @@ def test_inputs_that_do_not_fit_are_refused(device):
 def test_a_layer_says_how_it_computes(device):
     layer = Int4Linear(quantized(), None, dtype=torch.float16, device=device)
     assert layer.describe().startswith("int4 g32 symmetric, Triton in planes, K in 1 splits; expanded to float16")
+    gated = Int4Linear(quantized(), None, dtype=torch.float16, device=device, gated=True)
+    assert "K in 1 splits, silu in the epilogue; expanded" in gated.describe()
