@@ -296,7 +296,7 @@ def _slower_than_steps(
     if experience is None or not experience.busy_s or len(experience.rows) == 0:
         notes.append("no answered rows tell how far these step times hold, so the interval is wide")
         return _Slower(SLOWER_THAN_STEPS, SLOWER_THAN_STEPS, MODEL_ERROR_UNCALIBRATED)
-    shape = engine if len(experience.rows.slice_starts) > 1 else replace(engine, slices_in_flight=1)
+    shape = replace(engine, slices_in_flight=experience.slices_in_flight or engine.slices_in_flight)
     simulated = simulate(experience.rows, shape, profile.times, experience.drafting, share_drawn=share_drawn)
     whole = experience.busy_s / simulated.seconds
     if min(simulated.prefill_s, simulated.decode_s) < MIN_PART * simulated.seconds or not experience.prefill_s:

@@ -35,9 +35,6 @@ from pipeline.storage import Storage
 FIRST_ROWS = NUM_SINGLES
 """Rows of a pilot that are answered before any is timed, if more follow."""
 
-MIN_MOST_ROWS = 256
-"""A pilot may answer so many rows, or twice `max_num_seqs`, if its time allows."""
-
 MAX_SHARDS = 8
 """Results of so many shards are looked at."""
 
@@ -58,7 +55,8 @@ class Experience:
     """`num_rows` that were tried. lengths_N: tokens of all their completions. rows, busy_s: completions that were
     timed, and the time that they took, prefill_s of it for prompts; None when that says nothing about the pool.
     own_share: what others left of the time, which alone is in busy_s. row_s: what a row takes in a run that busy_s has
-    not. idle_s, load_s: of an actor besides."""
+    not. slices_in_flight: how many of the rows' slices were in the engine at once; None: as many as in a run. idle_s,
+    load_s: of an actor besides."""
 
     source: str
     num_rows: int
@@ -70,6 +68,7 @@ class Experience:
     errors: Counter[str] = field(default_factory=Counter)
     own_share: float = 1.0
     row_s: float = 0.0
+    slices_in_flight: int | None = None
     idle_s: float | None = None
     load_s: float | None = None
 
@@ -91,7 +90,7 @@ def run_pilot(
 ) -> tuple[Experience, DeviceProfile | None]:
     """Answer rows by an engine of the job's settings, on this machine. `prompts`: as a CorpusSample has them.
 
-    seconds: answer FIRST_ROWS, and then at once as many more as take about so long, for a full engine has another pace
+    seconds: answer FIRST_ROWS, and then in waves as many more as take about so long, for a full engine has another pace
     than a few rows have, and drafts are better when something was answered before; only these are timed then. None:
     all, at once. The profile is that of this machine's device; None if the pool's devices are elsewhere. ValueError if
     the engine cannot be made.
@@ -102,31 +101,32 @@ def run_pilot(
         config = config.model_copy(update={"device": "auto"})
     engine = Engine(config)
     _warm_up(engine, prompts[0])
-    wave = _answer(engine, job, prompts if seconds is None else prompts[:FIRST_ROWS])
-    waves = [wave]
+    waves = [_answer(engine, job, prompts if seconds is None else prompts[:FIRST_ROWS])]
     if seconds is not None:
-        most = max(MIN_MOST_ROWS, 2 * config.max_num_seqs)
-        num_more = int(min(len(prompts) - FIRST_ROWS, FIRST_ROWS * seconds / wave.wall_s, most))
-        if num_more >= FIRST_ROWS:
-            wave = _answer(engine, job, prompts[FIRST_ROWS : FIRST_ROWS + num_more])
-            waves.append(wave)
-    num_rows = sum(len(one.prompts) for one in waves)
+        waves += _answer_in_waves(engine, job, prompts[FIRST_ROWS:], seconds, waves[0].pace_s)
+    timed = waves[1:] or waves
     # On a CPU this thread works or spins all the time; where it did not, others had its core.
-    own_share = 1.0 if engine.device.type == "cuda" or wave.own_s > MIN_OWN_SHARE * wave.wall_s else wave.own_share
-    good = wave.good
-    rows = _rows_of(job, [wave.prompts[int(c.request_id)] for c in good], good)
+    own_share = sum(wave.own_s for wave in timed) / sum(wave.wall_s for wave in timed)
+    if engine.device.type == "cuda" or own_share > MIN_OWN_SHARE:
+        own_share = 1.0
+    rows = _concatenate(
+        [_rows_of(job, [wave.prompts[int(c.request_id)] for c in wave.good], wave.good) for wave in timed]
+    )
+    good = [completion for wave in timed for completion in wave.good]
+    num_rows = sum(len(wave.prompts) for wave in waves)
     experience = Experience(
         source=f"a pilot of {num_rows:,} rows on this machine",
         rows=rows,
-        lengths_N=np.array([len(o.token_ids) for one in waves for c in one.good for o in c.outputs], np.int64),
-        busy_s=own_share * wave.busy_s if is_here else None,
-        prefill_s=own_share * wave.prefill_s,
+        lengths_N=np.array([len(o.token_ids) for wave in waves for c in wave.good for o in c.outputs], np.int64),
+        busy_s=own_share * sum(wave.busy_s for wave in timed) if is_here else None,
+        prefill_s=own_share * sum(wave.prefill_s for wave in timed),
         own_share=own_share,
         row_s=BESIDE_ROW_S if is_here and engine.device.type == "cpu" else 0.0,
+        slices_in_flight=1,
         drafting=_drafting(
             job, rows, sum(c.usage.drafted_tokens for c in good), sum(c.usage.accepted_tokens for c in good)
         ),
-        errors=Counter(c.error.kind for one in waves for c in one.completions if c.error is not None),
+        errors=Counter(c.error.kind for wave in waves for c in wave.completions if c.error is not None),
         num_rows=num_rows,
     )
     if not is_here:
@@ -151,12 +151,24 @@ class _Wave:
     prefill_s: float
 
     @property
-    def own_share(self) -> float:
-        return self.own_s / self.wall_s
+    def pace_s(self) -> float:
+        """Seconds a row."""
+        return self.wall_s / len(self.prompts)
 
     @property
     def good(self) -> list[Completion]:
         return [completion for completion in self.completions if completion.error is None]
+
+
+def _answer_in_waves(
+    engine: Engine, job: Job, prompts: Sequence[PackedRow], seconds: float, pace_s: float
+) -> list[_Wave]:
+    """So many of the rows as about fit into the time, at the pace of the wave before: the first waves are slower."""
+    waves: list[_Wave] = []
+    while (num_rows := min(len(prompts), int(seconds / pace_s))) >= FIRST_ROWS:
+        waves.append(_answer(engine, job, prompts[:num_rows]))
+        prompts, seconds, pace_s = prompts[num_rows:], seconds - waves[-1].wall_s, waves[-1].pace_s
+    return waves
 
 
 def _answer(engine: Engine, job: Job, prompts: Sequence[PackedRow]) -> _Wave:
@@ -238,6 +250,17 @@ def with_samples(rows: RowNumbers, num_samples_N: Ints) -> RowNumbers:
     starts = (ends - num_samples_N)[np.asarray(rows.slice_starts, np.int64)].tolist()
     return RowNumbers(
         prompt_X, np.where(first, shared_X, prompt_X - 1), np.repeat(rows.output_N, num_samples_N), starts
+    )
+
+
+def _concatenate(waves: Sequence[RowNumbers]) -> RowNumbers:
+    """Each as a slice."""
+    starts = np.cumsum([0, *(len(rows) for rows in waves[:-1])]).tolist()
+    return RowNumbers(
+        np.concatenate([rows.prompt_N for rows in waves]),
+        np.concatenate([rows.shared_N for rows in waves]),
+        np.concatenate([rows.output_N for rows in waves]),
+        starts,
     )
 
 
