@@ -26,8 +26,8 @@ from actors.weights.checkpoint import Checkpoint
 from actors.weights.quantization import concatenate, fitting_group_size, quantize_to_nearest
 from kernels.attention_batch import AttentionBatch, new_kv_pages
 from kernels.backend import (
-    Linear,
     Gated,
+    Linear,
     add_rms_norm,
     check_fixed_order_attention,
     norm_rope_write_kv,
@@ -296,8 +296,8 @@ class _Loader:
             device=self.device,
             compute=compute,
             deterministic=self.config.deterministic,
-        )
             gated=gated,
+        )
         return linear if order_K is None else Reordered(linear, order_K)
 
     def _weight(self, linear: LinearSpec, round_to_int4: bool) -> tuple[Tensor | QuantizedWeight, Tensor | None]:

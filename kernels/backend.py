@@ -179,10 +179,10 @@ def prepare_linear(
     device: torch.device,
     compute: str = "auto",
     deterministic: bool = False,
+    gated: bool = False,
 ) -> Linear:
     """Bring a weight [N, K] and bias [N] into the form in which this device multiplies fastest.
 
-    gated: bool = False,
     dtype is that of the activations. compute names one of the CPU's ways; on CUDA it must be "auto". deterministic: a
     row's bits depend on the row and the weight alone; ValueError where this device cannot. gated: the weight is that of
     a gate and below it of an up projection, and the result silu_mul's of the product, [T, N / 2].
@@ -223,9 +223,6 @@ class DenseLinear:
         return f"{str(self.weight_NK.dtype).removeprefix('torch.')} torch matmul"
 
 
-def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
-    """Choose one token per row of float32 logits, with keyed noise."""
-    version = kernels.sampling
 class Gated:
     """A gate and an up projection in one linear layer, and silu_mul after it."""
 
@@ -239,4 +236,7 @@ class Gated:
         return self.linear.describe()
 
 
+def sample(logits_BV: Tensor, batch: SamplingBatch) -> SampleResult:
+    """Choose one token per row of float32 logits, with keyed noise."""
+    version = kernels.sampling
     return (version.sample_triton if is_cuda("sample", logits_BV) else version.sample_cpu)(logits_BV, batch)
