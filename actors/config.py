@@ -95,6 +95,10 @@ class EngineConfig(BaseModel):
     enable_prefix_caching: bool = True
     enable_prefix_groups: Annotated[bool, Field(description="attend pages shared within a step once")] = True
     enforce_eager: Annotated[bool, Field(description="launch each kernel instead of capturing CUDA graphs")] = False
+    async_scheduling: Annotated[
+        bool | None,
+        Field(description="prepare the next step while the device computes one; default: on CUDA, not on a CPU"),
+    ] = None
     num_threads: Annotated[int | None, Field(ge=1, description="CPU threads of torch; default: torch's own")] = None
 
     @field_validator("kv_cache_dtype")

@@ -1,4 +1,4 @@
-"""The engine: continuous batching over one model on one device. A step is plan, run, commit.
+"""The engine: continuous batching over one model on one device. A step is planned, launched and read.
 
 Use `generate` for a list of prompts, or `add`, `step` and `abort` for a stream of requests. Single-threaded: whoever
 holds it calls it from one thread (`actors.worker` does). Knows no Ray, no files of rows, no network.
@@ -23,6 +23,7 @@ from actors.drafters.draft_model import DraftModel, check_draft_model
 from actors.drafters.drafting import make_speculator
 from actors.drafters.grammar import Grammars
 from actors.kv_memory import choose_num_pages
+from actors.lookahead import LaunchedStep, may_look_ahead
 from actors.requests import (
     Completion,
     DrafterStats,
@@ -34,7 +35,8 @@ from actors.requests import (
     Usage,
     derive_seed,
 )
-from actors.runner import Runner, SampledToken
+from actors.runner import Runner
+from actors.sampled_tokens import SampledToken, SampledTokens
 from actors.scheduler import Scheduler, StepPlan
 from actors.sequence import Sequence
 from actors.speculation import Speculation
@@ -55,6 +57,7 @@ class EngineStats:
     """What an engine has done since it was made. Times are whole nanoseconds, so that sums are exact."""
 
     num_steps: int = 0
+    num_steps_ahead: int = 0  # launched before the tokens of the step before them were read
     busy_ns: int = 0
     prefill_ns: int = 0
     num_prefill_tokens: int = 0
@@ -140,7 +143,11 @@ class Engine:
         self.stats = EngineStats()
         self._grammars = Grammars(self.tokenizer, self.decoder.vocab_size, self.eos_token_ids)
         self._rows: dict[str, _Row] = {}
-        self._refused: list[Completion] = []
+        self._looks_ahead = config.async_scheduling
+        if self._looks_ahead is None:
+            self._looks_ahead = self.device.type == "cuda"
+        self._launched: LaunchedStep | None = None
+        self._ready: list[Completion] = []
         self.load_s = time.perf_counter() - started
 
     def add(self, request: Request) -> None:
@@ -150,7 +157,7 @@ class Engine:
         error = self._refusal(request)
         if error is not None:
             usage = Usage(prompt_tokens=len(request.prompt_token_ids))
-            self._refused.append(Completion(request.request_id, usage=usage, error=error))
+            self._ready.append(Completion(request.request_id, usage=usage, error=error))
             return
         sequences = [self._new_sequence(request, index) for index in range(request.sampling.n)]
         self._rows[request.request_id] = _Row(request, sequences)
@@ -158,10 +165,18 @@ class Engine:
             self.scheduler.add(sequence)
 
     def abort(self, request_id: str) -> None:
-        """Drop a request and give its pages back; unknown ids are ignored, for it may have just finished."""
-        row = self._rows.pop(request_id, None)
+        """Drop a request and give its pages back; unknown ids are ignored, for it may have just finished.
+
+        A step on its way that computes it is waited for, and what else it finishes comes from the next `step`."""
+        row = self._rows.get(request_id)
         if row is None:
             return
+        launched = self._launched
+        if launched is not None and any(sequence in row.sequences for sequence in launched.plan.sequences):
+            self._launched = None
+            self._ready += self._read(launched, time.perf_counter_ns())
+        self._ready = [completion for completion in self._ready if completion.request_id != request_id]
+        self._rows.pop(request_id, None)
         for sequence in row.sequences:
             self.stats.lost_ns += sequence.device_ns
             if sequence not in row.done:
@@ -179,40 +194,22 @@ class Engine:
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do or to return."""
-        return bool(self._rows or self._refused)
+        return bool(self._rows or self._ready)
 
     def step(self) -> list[Completion]:
-        """Compute one step; returns the requests that it finished."""
-        refused, self._refused = self._refused, []
+        """Read one step; returns the requests that it finished.
+
+        Where the engine looks ahead (`async_scheduling`, and `lookahead.may_look_ahead`), the next step is launched
+        before this one is read. A step's time, which its rows are charged, is that of the call that reads it: with a
+        step on its way before and after, from one reading to the next, less what the caller does between calls.
+        """
+        ready, self._ready = self._ready, []
         if not self._rows:
-            return refused
+            return ready
         started = time.perf_counter_ns()
-        plan = self.scheduler.plan_step()
-        if self.speculation is not None:
-            self.speculation.draft(plan, self.scheduler, self._runner)
-        tokens, weights = self._runner.run(plan, self.step_times)
-        self.scheduler.commit(plan)
-        if self._draft_model is not None:
-            for copy in plan.copies:
-                self._draft_model.copy_slots(copy.source, copy.target, copy.num_tokens)
-        for sequence, sampled in tokens.items():
-            self._take(sequence, plan.drafts.get(sequence, []), sampled)
-        if self.speculation is not None:
-            self.speculation.learn(plan, (time.perf_counter_ns() - started) / 1e9)
-            self.stats.num_verify_steps = self.speculation.num_verify_steps
-            self.stats.saved_by_speculation_s = self.speculation.saved_s
-        finished = [sequence for sequence in tokens if sequence.finish_reason is not None]
-        for sequence in finished:
-            if sequence.finish_reason == "error":
-                self._clear(self.scheduler.discard(sequence))
-                continue
-            self.scheduler.finish(sequence)
-            if self.speculation is not None:
-                self.speculation.finish(sequence)
-        # Text before the clock is read: decoding it is part of what the step cost.
-        done = [row for sequence in finished if (row := self._close(sequence)) is not None]
-        self._charge(plan, weights, time.perf_counter_ns() - started)
-        return refused + [self._complete(row) for row in done]
+        step = self._launched or self._launch(self.scheduler.plan_step())
+        self._launched = self._launch_ahead(step) if self._looks_ahead else None
+        return ready + self._read(step, started)
 
     def drafter_stats(self) -> tuple[DrafterStats, ...]:
         """What each drafter has done since the engine was made."""
@@ -273,6 +270,69 @@ class Engine:
         matcher = None if constraint is None else self._grammars.new_matcher(constraint)
         return Sequence(request, index, self.max_model_len, matcher=matcher)
 
+    def _launch(self, plan: StepPlan, before: SampledTokens | None = None) -> LaunchedStep:
+        """Put a plan on its way; before: the tokens that it goes on from where they are unknown here."""
+        if self.speculation is not None:
+            self.speculation.draft(plan, self.scheduler, self._runner)
+        sampled, weights = self._runner.launch(plan, self.step_times, before)
+        if self._draft_model is not None:
+            for copy in plan.copies:
+                self._draft_model.copy_slots(copy.source, copy.target, copy.num_tokens)
+        return LaunchedStep(plan, sampled, weights)
+
+    def _launch_ahead(self, step: LaunchedStep) -> LaunchedStep | None:
+        """Launch the step after one that is on its way, supposing that every sequence goes on; None if that cannot be
+        supposed, or nothing would be left to do."""
+        if not may_look_ahead(step.plan, self.speculation):
+            return None
+        wanting = [sequence for sequence in step.plan.wanting if sequence.finish_reason is None]
+        self._commit(step)
+        step.suppose_tokens(wanting)
+        plan = self.scheduler.plan_ahead()
+        if plan is None or not plan.sequences:
+            return None
+        self.stats.num_steps_ahead += 1
+        return self._launch(plan, step.sampled)
+
+    def _commit(self, step: LaunchedStep) -> None:
+        if not step.is_committed:
+            self.scheduler.commit(step.plan)
+            step.is_committed = True
+
+    def _read(self, step: LaunchedStep, started_ns: int) -> list[Completion]:
+        """Wait for a step and take its tokens; returns the requests that are finished by it.
+
+        started_ns: since when the step has to be paid for, by time.perf_counter_ns."""
+        self._commit(step)
+        step.forget_supposed()
+        plan, tokens = step.plan, step.sampled.read()
+        # Those that ended in the step before, which was read when this one was on its way already.
+        late = {sequence for sequence in plan.sequences if sequence.finish_reason is not None}
+        for sequence, sampled in tokens.items():
+            if sequence in late:
+                self._throw_away(sequence, sampled)
+            else:
+                self._take(sequence, plan.drafts.get(sequence, []), sampled)
+        # A step that another was launched after had no drafts: there is nothing to learn.
+        if self.speculation is not None and self._launched is None:
+            self.speculation.learn(plan, (time.perf_counter_ns() - started_ns) / 1e9)
+            self.stats.num_verify_steps = self.speculation.num_verify_steps
+            self.stats.saved_by_speculation_s = self.speculation.saved_s
+        done = []
+        going_on = set() if self._launched is None else set(self._launched.plan.sequences)
+        for sequence in tokens:
+            if sequence.finish_reason is None:
+                continue
+            if sequence not in late:
+                # Text before the clock is read: decoding it is part of what the step cost.
+                sequence.text = text_of(sequence, self.eos_token_ids, self.tokenizer)
+            if sequence in going_on:
+                self.scheduler.retire(sequence)
+            elif (row := self._close(sequence)) is not None:
+                done.append(row)
+        self._charge(plan, step.weights, late, time.perf_counter_ns() - started_ns)
+        return [self._complete(row) for row in done]
+
     def _take(self, sequence: Sequence, draft: list[int], sampled: list[SampledToken]) -> None:
         """Append what was sampled: the first token, and those after draft tokens as long as the draft was right."""
         for i, token in enumerate(sampled):
@@ -302,9 +362,20 @@ class Engine:
             )
         sequence.finish_reason = finish_reason_of(sequence, self.eos_token_ids, self.tokenizer)
 
+    def _throw_away(self, sequence: Sequence, sampled: list[SampledToken]) -> None:
+        """Drop what was sampled after the end of a sequence, and what it may have left in its pages."""
+        is_rubbish = not all(math.isfinite(token.logprob) for token in sampled)
+        if is_rubbish and sequence.finish_reason != "error":  # that one's pages are cleared as a whole
+            self._runner.clear_rejected(sequence)
+
     def _close(self, sequence: Sequence) -> _Row | None:
-        """Note a finished sequence; returns its row if that was the last."""
-        sequence.text = text_of(sequence, self.eos_token_ids, self.tokenizer)
+        """Give a finished sequence's pages back; returns its row if that was the last."""
+        if sequence.finish_reason == "error":
+            self._clear(self.scheduler.discard(sequence))
+        else:
+            self.scheduler.finish(sequence)
+            if self.speculation is not None:
+                self.speculation.finish(sequence)
         row = self._rows[sequence.request.request_id]
         row.done.append(sequence)
         return row if len(row.done) == len(row.sequences) else None
@@ -339,8 +410,8 @@ class Engine:
             return Completion(row.request.request_id, usage=usage, error=RowError("not_finite", message))
         return Completion(row.request.request_id, [_output_of(s) for s in row.sequences], usage)
 
-    def _charge(self, plan: StepPlan, weights: list[float], step_ns: int) -> None:
-        """Put the time of a step on the sequences that were in it."""
+    def _charge(self, plan: StepPlan, weights: list[float], late: set[Sequence], step_ns: int) -> None:
+        """Put the time of a step on the sequences that were in it; the tokens of `late` ones do not count."""
         stats = self.stats
         stats.num_steps += 1
         stats.busy_ns += step_ns
@@ -352,7 +423,7 @@ class Engine:
             if num_tokens > 1:
                 stats.prefill_ns += part
                 stats.num_prefill_tokens += num_tokens
-            else:
+            elif sequence not in late:
                 stats.num_decode_tokens += 1
 
     def _load_draft_model(self) -> DraftModel | None:

@@ -1,10 +1,12 @@
 """Turns a step's plan into tensors, runs the forward pass, and samples. The only place where plans meet tensors.
 
-Called by the engine once per step. Knows no waiting and no stopping.
+Called by the engine once per step. `launch` waits for nothing on a GPU, except where a row asks for the likeliest
+tokens (`kernels.sampling.likeliest` counts ties). Knows no waiting and no stopping.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,25 +17,18 @@ from numpy.typing import NDArray
 from actors.decoder import Decoder, clear_pages, copy_slots
 from actors.drafters.grammar import ban
 from actors.prefix_groups import group_by_prefix
+from actors.sampled_tokens import SampledToken, SampledTokens
 from actors.sampling_tensors import keyed_sampling, to_device
 from actors.scheduler import StepPlan
-from actors.sequence import Sequence
-from actors.step_graphs import Capture, StepArrays, StepGraphs
+from actors.sequence import UNKNOWN_TOKEN, Sequence
+from actors.step_graphs import Capture, StepArrays, StepGraphs, UnreadTokens
 from actors.step_times import StepTimes
 from actors.stopping import banned_tokens
 from kernels.attention_batch import AttentionBatch, PrefixGroup
 from kernels.attention_plan import ranges
 from kernels.backend import sample
+from kernels.quantized_kv import clear_slots
 from kernels.sampling import AllowedTokens, Penalties, SamplingBatch
-
-
-@dataclass(slots=True)
-class SampledToken:
-    """`top` holds (token id, log-probability) of the likeliest tokens, descending."""
-
-    token_id: int
-    logprob: float
-    top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,16 @@ class Runner:
         return self._graphs
 
     def run(self, plan: StepPlan, times: StepTimes) -> tuple[dict[Sequence, list[SampledToken]], list[float]]:
-        """Compute a plan, drafts included.
+        """Compute a plan and wait for it: `launch`, and its tokens as SampledTokens.read returns them."""
+        sampled, weights = self.launch(plan, times)
+        return sampled.read(), weights
+
+    def launch(
+        self, plan: StepPlan, times: StepTimes, before: SampledTokens | None = None
+    ) -> tuple[SampledTokens, list[float]]:
+        """Compute a plan, drafts included, without waiting for a GPU.
+
+        before: of the step launched last; where a sequence ends in UNKNOWN_TOKEN, its token is taken from there.
 
         Returns for each sequence that is now complete the token after its last one, then the token after each of its
         draft tokens, supposing that those were right; and what each sequence of the plan (in the plan's order) should
@@ -91,11 +95,12 @@ class Runner:
             page_size=self._page_size,
             groups=groups,
         )
-        logits, positions = self._forward(sequences, drafts, batch)
+        logits, positions = self._forward(sequences, drafts, batch, before)
+        sampled = self._sample(logits, positions)
         weights = [0.0] * len(order)
         for i, weight in zip(order, _weigh(batch, times)):
             weights[i] = weight
-        return self._sample(logits, positions), weights
+        return sampled, weights
 
     def num_read(self, plan: StepPlan) -> float:
         """Tokens of keys and values that the plan's attention reads, those that a prefix group shares once."""
@@ -110,8 +115,8 @@ class Runner:
         for i in range(sequence.num_computed // size, len(sequence.pages)):
             first = max(0, sequence.num_computed - i * size)
             for k_pages, v_pages in self._kv:
-                k_pages[sequence.pages[i], :, first:] = 0
-                v_pages[sequence.pages[i], :, first:] = 0
+                clear_slots(k_pages, sequence.pages[i], first)
+                clear_slots(v_pages, sequence.pages[i], first)
 
     def _group(self, plan: StepPlan) -> tuple[list[int], list[PrefixGroup]]:
         if not self._enable_prefix_groups:
@@ -130,7 +135,11 @@ class Runner:
         return known if known and known[0] is sequence.pages else (sequence.pages, np.array(sequence.pages, np.int64))
 
     def _forward(
-        self, sequences: list[Sequence], drafts: list[list[int]], batch: AttentionBatch
+        self,
+        sequences: list[Sequence],
+        drafts: list[list[int]],
+        batch: AttentionBatch,
+        before: SampledTokens | None,
     ) -> tuple[torch.Tensor, list[_Position]]:
         token_ids: list[int] = []
         rows: list[int] = []
@@ -142,13 +151,18 @@ class Runner:
                 rows += range(len(token_ids) - 1 - len(draft), len(token_ids))
                 sampled += [_Position(sequence, draft, num_drafts) for num_drafts in range(len(draft) + 1)]
         positions_T, slots_T = self._places(sequences, batch)
-        arrays = StepArrays(np.array(token_ids, np.int64), positions_T, slots_T)
+        token_ids_T = np.array(token_ids, np.int64)
+        unread = None if before is None else self._unread(token_ids_T, sequences, batch.query_lens, before)
+        arrays = StepArrays(token_ids_T, positions_T, slots_T, unread)
         if self._graphs is not None and len(rows) == len(token_ids):
             logits = self._graphs.forward(arrays, batch)
             if logits is not None:
                 return logits, sampled
+        ids_T = to_device(token_ids_T, self._device)
+        if unread is not None:
+            unread.write_into(ids_T)
         logits = self._decoder.forward(
-            to_device(arrays.token_ids_T, self._device),
+            ids_T,
             to_device(positions_T, self._device),
             to_device(slots_T, self._device),
             self._kv,
@@ -156,6 +170,19 @@ class Runner:
             to_device(np.array(rows, np.int64), self._device),
         )
         return logits, sampled
+
+    def _unread(
+        self, token_ids_T: NDArray[np.int64], sequences: list[Sequence], counts: SequenceOf[int], before: SampledTokens
+    ) -> UnreadTokens | None:
+        """The tokens that are known on the device only; counts: of each sequence's tokens in the step."""
+        places_U = np.flatnonzero(token_ids_T == UNKNOWN_TOKEN)
+        if not len(places_U):
+            return None
+        rows = before.rows_of()
+        owners = np.searchsorted(np.cumsum(counts), places_U, side="right").tolist()
+        rows_U = np.array([rows[sequences[owner]] for owner in owners], np.int64)
+        assert before.token_ids_B is not None
+        return UnreadTokens(to_device(places_U, self._device), to_device(rows_U, self._device), before.token_ids_B)
 
     def _places(self, sequences: list[Sequence], batch: AttentionBatch) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Positions and KV slots of a step's tokens."""
@@ -166,21 +193,11 @@ class Runner:
         page_T = np.repeat(np.cumsum(sizes) - sizes, counts) + positions_T // self._page_size
         return positions_T, np.concatenate(tables)[page_T] * self._page_size + positions_T % self._page_size
 
-    def _sample(self, logits: torch.Tensor, positions: list[_Position]) -> dict[Sequence, list[SampledToken]]:
-        tokens: dict[Sequence, list[SampledToken]] = {}
+    def _sample(self, logits: torch.Tensor, positions: list[_Position]) -> SampledTokens:
         if not positions:
-            return tokens
+            return SampledTokens([], None)
         result = sample(logits, build_sampling_batch(positions, self._decoder.eos_token_ids, self._device))
-        token_ids, logprobs = result.token_ids_B.tolist(), result.logprobs_B.tolist()
-        tops: list[list[tuple[int, float]]] = [[] for _ in positions]
-        if result.top_ids_BL is not None and result.top_logprobs_BL is not None:
-            tops = [
-                list(zip(ids, values))
-                for ids, values in zip(result.top_ids_BL.tolist(), result.top_logprobs_BL.tolist())
-            ]
-        for position, token_id, logprob, top in zip(positions, token_ids, logprobs, tops):
-            tokens.setdefault(position.sequence, []).append(SampledToken(token_id, logprob, top))
-        return tokens
+        return SampledTokens([position.sequence for position in positions], result)
 
     def clear_pages(self, pages: list[int]) -> None:
         """Zero pages. Slots that are not valid yet are masked in attention, but NaN times a weight of 0 is NaN."""
@@ -230,7 +247,7 @@ def _build_allowed(
 
 def _build_penalties(positions: list[_Position], device: torch.device) -> Penalties | None:
     params = [position.sequence.request.sampling for position in positions]
-    if all(p.repetition_penalty == 1.0 and not p.presence_penalty and not p.frequency_penalty for p in params):
+    if not any(p.has_penalties for p in params):
         return None
     counts = [position.sequence.count_tokens(position.draft[: position.num_drafts]) for position in positions]
     longest = max(len(count) for count in counts)

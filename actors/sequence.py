@@ -16,6 +16,9 @@ from actors.requests import FinishReason, Request, TokenLogprob, derive_seed
 if TYPE_CHECKING:
     from actors.drafters.grammar import Matcher
 
+UNKNOWN_TOKEN = -1
+"""Stands at the end of `token_ids` for a token that is sampled but not read yet, only while a step is planned."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:

@@ -172,6 +172,12 @@ class Speculation:
             self._judge(saved_s - step.proposing_s - model_gain_s)
             self._judge_model(model_gain_s)
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether nothing was guessed for the step that is being computed, and nothing will be for the next one, but
+        what grammars force."""
+        return self._pause_left > 0 and not self._step.drafts
+
     def finish(self, sequence: Sequence) -> None:
         """Let the drafters learn from an answer."""
         self.speculator.finish(sequence)

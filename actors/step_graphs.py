@@ -49,12 +49,30 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 @dataclass(frozen=True, slots=True)
+class UnreadTokens:
+    """Tokens of a step that only the device knows: token places_U[i] of it is token_ids_B[rows_U[i]], all int64 and
+    there."""
+
+    places_U: Tensor
+    rows_U: Tensor
+    token_ids_B: Tensor
+
+    def write_into(self, token_ids_T: Tensor) -> None:
+        """Put the tokens in their places."""
+        token_ids_T.index_copy_(0, self.places_U, self.token_ids_B.index_select(0, self.rows_U))
+
+
+@dataclass(frozen=True, slots=True)
 class StepArrays:
-    """The tokens of a step in the order of its AttentionBatch: ids, positions and KV slots, int64 [T] each."""
+    """The tokens of a step in the order of its AttentionBatch: ids, positions and KV slots, int64 [T] each.
+
+    unread: ids that are on the device only; what stands in their places means nothing.
+    """
 
     token_ids_T: NDArray[np.int64]
     positions_T: NDArray[np.int64]
     slots_T: NDArray[np.int64]
+    unread: UnreadTokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +84,8 @@ class _Graph:
 class StepGraphs:
     """Graphs of one decoder and its pages, captured when made.
 
-    They share buffers: a step's logits must have been read before the next `forward`.
+    They share buffers: a step's logits must have been read before the next `forward`, in the order of the device's
+    work. On the host nothing has to be done before it, the copies to the device excepted: `forward` waits for these.
     """
 
     def __init__(self, decoder: Decoder, kv: KVPages, page_size: int, max_num_seqs: int, capture: Capture) -> None:
@@ -81,6 +100,7 @@ class StepGraphs:
         self._logits_TV = torch.zeros((largest, vocab_size), dtype=torch.float32, device=device)
         self._rows_T = torch.arange(largest, device=device)
         self._buffers = {window: PlanBuffers(_largest(rooms), device) for window in decoder.windows}
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._graphs: list[_Graph] = []
         self.num_replayed = self.num_without = 0
         started = time.perf_counter()
@@ -110,9 +130,14 @@ class StepGraphs:
         else:
             self.num_without += 1
             return None
+        if self._copied is not None:
+            # The step before may be on its way still, but as its first work it copied what stands in memory here.
+            self._copied.synchronize()
         for window, plan in plans.items():
             self._buffers[window].load(plan, graph.room)
         self._load(arrays, graph.room.num_tokens)
+        if self._copied is not None:
+            self._copied.record()
         graph.replay()
         self.num_replayed += 1
         return self._logits_TV[:num_tokens]
@@ -132,6 +157,8 @@ class StepGraphs:
             host[row, :num_tokens] = array
             host[row, num_tokens:num_padded] = blank
         self._inputs_3T.copy_(self._host_3T, non_blocking=True)
+        if arrays.unread is not None:
+            arrays.unread.write_into(self._inputs_3T[0])
 
     def _capture(self, room: PlanRoom, capture: Capture) -> _Graph:
         num_tokens = room.num_tokens

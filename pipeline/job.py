@@ -46,6 +46,7 @@ ENGINE_FIELDS_WITHOUT_EFFECT_ON_RESULTS = frozenset(
         "enable_prefix_caching",
         "enable_prefix_groups",
         "enforce_eager",
+        "async_scheduling",
         "num_threads",
         "speculative_config",
     }
