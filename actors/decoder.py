@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from actors.architecture import LinearSpec
@@ -30,10 +29,10 @@ from kernels.backend import (
     Linear,
     add_rms_norm,
     check_fixed_order_attention,
+    embed_rms_norm,
     norm_rope_write_kv,
     paged_attention,
     prepare_linear,
-    rms_norm,
 )
 from kernels.cpu_linear import dtype_name
 from kernels.int4_linear import PLANE_BITS, QuantizedWeight, dequantize
@@ -146,8 +145,8 @@ class Decoder:
         (int64, may be empty) are the rows of T whose logits are wanted: only they go through the rest of the last layer
         and through the head.
         """
-        residual_TH = F.embedding(token_ids_T, self._embedding_VH)
-        x_TH = rms_norm(residual_TH, self._layers[0].input_norm_H, self._eps)
+        first_norm_H = self._layers[0].input_norm_H
+        residual_TH, x_TH = embed_rms_norm(token_ids_T, self._embedding_VH, first_norm_H, self._eps)
         for i, layer in enumerate(self._layers):
             attended_TF = self._attend(layer, x_TH, positions_T, slots_T, kv[i], batch)
             if i == self.num_layers - 1:

@@ -60,6 +60,15 @@ def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float
     return add_norm(x_TH, residual_TH, weight_H, eps)
 
 
+def embed_rms_norm(token_ids_T: Tensor, embedding_VH: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The embedding's rows of the tokens, and their RMS norm; both new, [T, H]."""
+    version = kernels.rms_norm
+    embed_norm = (
+        version.embed_rms_norm_triton if is_cuda("embed_rms_norm", embedding_VH) else version.embed_rms_norm_cpu
+    )
+    return embed_norm(token_ids_T, embedding_VH, weight_H, eps)
+
+
 def rope(
     q_TND: Tensor,
     k_TKD: Tensor,

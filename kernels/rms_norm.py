@@ -1,11 +1,11 @@
-"""RMS norm, alone and with the residual sum before it. Called through kernels.backend.
+"""RMS norm, alone, and with the residual sum or the embedding's lookup before it. Called through kernels.backend.
 
     y = w * round(x / sqrt(mean(x^2) + eps))
 
 Zhang and Sennrich 2019, with the rounding of transformers' LlamaRMSNorm: x is normalised in float32 and rounded to its
 own dtype before the weight multiplies it. A row's result does not depend on the other rows.
 
-Shape letters: T tokens, H the normalised dimension.
+Shape letters: T tokens, H the normalised dimension, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.on_demand import triton_kernel
@@ -54,11 +55,46 @@ def _rms_norm_kernel(
         rounded = values.to(residual.dtype.element_ty)
         tl.store(at, rounded, mask=inside)
         values = rounded.to(tl.float32)
-    inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=1) / width + eps)
-    normed = (values * inverse[:, None]).to(y.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-    out = (normed * scale[None, :]).to(y.dtype.element_ty)
+    out = _normed(values, weight, column, width, eps, y.dtype.element_ty)
     tl.store(y + row[:, None] * width + column[None, :], out, mask=inside)
+
+
+@triton_kernel
+def _normed(values, weight, column, width, eps, dtype: tl.constexpr):
+    """Of float32 rows, zero beyond their width, in dtype."""
+    inverse = 1.0 / tl.sqrt_rn(tl.sum(values * values, axis=1) / width + eps)
+    normed = (values * inverse[:, None]).to(dtype).to(tl.float32)
+    scale = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
+    return (normed * scale[None, :]).to(dtype)
+
+
+@triton_kernel
+def _embed_rms_norm_kernel(
+    token_ids,
+    embedding,
+    weight,
+    residual,
+    y,
+    num_rows,
+    vocab_size,
+    embedding_stride,
+    width,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """ROWS tokens per program. Reads their rows of the embedding and the weight once, writes residual and y once."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row[:, None] < num_rows) & (column[None, :] < width)
+    token_id = tl.load(token_ids + row, mask=row < num_rows, other=0).to(tl.int64)
+    is_known = (token_id >= 0) & (token_id < vocab_size)
+    at = embedding + token_id[:, None] * embedding_stride + column[None, :]
+    found = tl.load(at, mask=inside & is_known[:, None], other=0.0)
+    values = tl.where(inside & (is_known[:, None] == 0), float("nan"), found.to(tl.float32))
+    at_out = row.to(tl.int64)[:, None] * width + column[None, :]
+    tl.store(residual + at_out, values.to(residual.dtype.element_ty), mask=inside)
+    tl.store(y + at_out, _normed(values, weight, column, width, eps, y.dtype.element_ty), mask=inside)
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -88,13 +124,49 @@ def add_rms_norm_triton(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps
     return y_TH
 
 
+def embed_rms_norm_triton(
+    token_ids_T: Tensor, embedding_VH: Tensor, weight_H: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The embedding's rows of the tokens, and their norm, both new [T, H]. The rows may have any stride.
+
+    A token id that is none of the vocabulary gives NaN.
+    """
+    check_embed_rms_norm(token_ids_T, embedding_VH, weight_H)
+    num_tokens, width = len(token_ids_T), embedding_VH.shape[1]
+    residual_TH = torch.empty((num_tokens, width), dtype=embedding_VH.dtype, device=embedding_VH.device)
+    y_TH = torch.empty((num_tokens, width), dtype=embedding_VH.dtype, device=embedding_VH.device)
+    if num_tokens:
+        block, rows, num_warps = _tile(width)
+        _embed_rms_norm_kernel[(-(-num_tokens // rows),)](
+            token_ids_T.contiguous(),
+            embedding_VH,
+            weight_H,
+            residual_TH,
+            y_TH,
+            num_tokens,
+            len(embedding_VH),
+            embedding_VH.stride(0),
+            width,
+            eps,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+    return residual_TH, y_TH
+
+
+def _tile(width: int) -> tuple[int, int, int]:
+    """Columns, rows and warps of a program."""
+    block = 1 << (width - 1).bit_length()
+    return block, max(1, 1024 // block), min(max(block // 512, 4), 32)
+
+
 def _launch(x_OIH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, y: Tensor, eps: float) -> None:
     num_outer, num_inner, width = x_OIH.shape
     num_rows = num_outer * num_inner
     if not num_rows:
         return
-    block = 1 << (width - 1).bit_length()
-    rows = max(1, 1024 // block)
+    block, rows, num_warps = _tile(width)
     _rms_norm_kernel[(-(-num_rows // rows),)](
         x_OIH,
         residual_TH if residual_TH is not None else y,
@@ -110,7 +182,7 @@ def _launch(x_OIH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, y: Tens
         HAS_RESIDUAL=residual_TH is not None,
         ROWS=rows,
         BLOCK=block,
-        num_warps=min(max(block // 512, 4), 32),
+        num_warps=num_warps,
     )
 
 
@@ -142,6 +214,24 @@ def check_residual(x_TH: Tensor, residual_TH: Tensor) -> None:
         raise ValueError(f"add_rms_norm: residual has strides {residual_TH.stride()}; its last dim must be contiguous")
 
 
+def check_embed_rms_norm(token_ids_T: Tensor, embedding_VH: Tensor, weight_H: Tensor) -> None:
+    """Refuse what does not belong together. Token ids are not read."""
+    check_rms_norm(embedding_VH, weight_H)
+    if embedding_VH.ndim != 2 or embedding_VH.stride(1) != 1:
+        raise ValueError(
+            f"embed_rms_norm: the embedding is {tuple(embedding_VH.shape)} of strides {embedding_VH.stride()}; "
+            "it must be [vocabulary, hidden] with contiguous rows"
+        )
+    if token_ids_T.ndim != 1 or token_ids_T.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"embed_rms_norm: token ids are {token_ids_T.dtype} {tuple(token_ids_T.shape)}; they must be int64 [tokens]"
+        )
+    if token_ids_T.device != embedding_VH.device:
+        raise ValueError(
+            f"embed_rms_norm: token ids are on {token_ids_T.device} and the embedding on {embedding_VH.device}"
+        )
+
+
 def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The norm over the last dimension, in torch."""
     check_rms_norm(x, weight)
@@ -155,6 +245,15 @@ def add_rms_norm_cpu(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: f
     check_residual(x_TH, residual_TH)
     residual_TH += x_TH
     return rms_norm_cpu(residual_TH, weight_H, eps)
+
+
+def embed_rms_norm_cpu(
+    token_ids_T: Tensor, embedding_VH: Tensor, weight_H: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The embedding's rows of the tokens, and their norm, in torch; IndexError for an id out of the vocabulary."""
+    check_embed_rms_norm(token_ids_T, embedding_VH, weight_H)
+    residual_TH = F.embedding(token_ids_T, embedding_VH)
+    return residual_TH, rms_norm_cpu(residual_TH, weight_H, eps)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:

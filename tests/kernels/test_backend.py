@@ -31,6 +31,7 @@ x, weight = torch.randn(3, 8), torch.ones(8)
 backend.rms_norm(x, weight, 1e-5)
 backend.add_rms_norm(x, x.clone(), weight, 1e-5)
 backend.silu_mul(x)
+backend.embed_rms_norm(torch.arange(3), x, weight, 1e-5)
 q, k = torch.randn(3, 2, 16), torch.randn(3, 1, 16)
 backend.rope(q, k, torch.arange(3), torch.ones(3, 8), torch.zeros(3, 8))
 pages = new_kv_pages(2, 1, 4, 16, torch.float32, torch.device("cpu"))
@@ -119,6 +120,14 @@ REFUSED = [
     (
         "both must be alike",
         lambda: backend.add_rms_norm(torch.zeros(2, 8), torch.zeros(3, 8), torch.ones(8), 1e-5),
+    ),
+    (
+        "token ids are torch.float32 (2,)",
+        lambda: backend.embed_rms_norm(torch.zeros(2), torch.zeros(9, 8), torch.ones(8), 1e-5),
+    ),
+    (
+        "with contiguous rows",
+        lambda: backend.embed_rms_norm(torch.arange(2), torch.zeros(8, 9).t(), torch.ones(8), 1e-5),
     ),
     ("an even number", lambda: backend.silu_mul(torch.zeros(2, 7))),
     ("input is torch.int64", lambda: backend.silu_mul(torch.zeros(2, 8, dtype=torch.int64))),

@@ -12,6 +12,8 @@ from kernels.kv_cache import write_kv_cpu, write_kv_triton
 from kernels.rms_norm import (
     add_rms_norm_cpu,
     add_rms_norm_triton,
+    embed_rms_norm_cpu,
+    embed_rms_norm_triton,
     rms_norm_cpu,
     rms_norm_reference,
     rms_norm_triton,
@@ -77,6 +79,33 @@ def test_add_rms_norm_updates_the_residual_and_norms_the_sum(shape, dtype, versi
     assert torch.equal(residual, before + x)
     report = compare(y, rms_norm_cpu(residual, weight, 1e-5), rms_norm_reference(residual, weight, 1e-5))
     assert report.holds, report
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (5, 100), (9, 3), (2, 1100)], ids=str)
+def test_embed_rms_norm_looks_rows_up_and_norms_them(shape, dtype, version):
+    embed_rms_norm, device = version(embed_rms_norm_cpu, embed_rms_norm_triton)
+    num_tokens, width = shape
+    embedding = randn(11, width + 3, dtype=dtype, device=device)[:, :width]
+    weight = randn(width, dtype=dtype, device=device, seed=1)
+    token_ids = torch.tensor([10, 0, 7, 7, 3, 9, 1, 2, 8], device=device)[:num_tokens]
+    residual, y = embed_rms_norm(token_ids, embedding, weight, 1e-5)
+    assert torch.equal(residual, embedding[token_ids])
+    rms_norm, _ = version(rms_norm_cpu, rms_norm_triton)
+    assert torch.equal(y, rms_norm(residual, weight, 1e-5))
+    report = compare(y, rms_norm_cpu(residual, weight, 1e-5), rms_norm_reference(residual, weight, 1e-5))
+    assert report.holds, report
+    assert all(x.shape == (0, width) for x in embed_rms_norm(token_ids[:0], embedding, weight, 1e-5))
+
+
+def test_a_token_id_out_of_the_vocabulary_reads_nothing_and_is_seen(dtype, device):
+    embedding, weight = randn(4, 6, dtype=dtype, device=device), randn(6, dtype=dtype, device=device)
+    token_ids = torch.tensor([3, -1, 4, 1 << 40, 0], device=device)
+    for x in embed_rms_norm_triton(token_ids, embedding, weight, 1e-5):
+        assert x.isnan().all(-1).tolist() == [False, True, True, True, False]
+        assert x[[0, 4]].isfinite().all()
+    if device.type == "cpu":
+        with pytest.raises(IndexError):
+            embed_rms_norm_cpu(token_ids, embedding, weight, 1e-5)
 
 
 ROPE_SHAPES = {  # tokens, query heads, key heads, head dimension, half of the rotary dimension
