@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -26,8 +27,9 @@ from ray.data.block import BlockMetadata
 
 from pipeline.admission import CorpusWork
 from pipeline.blocks import TICKET, block, event_block
+from pipeline.corpus_plan.carrying import find_carried, kept_answers
 from pipeline.corpus_plan.countdown import Countdown
-from pipeline.corpus_plan.manifest import CORPUS, CorpusManifest, find_manifest
+from pipeline.corpus_plan.manifest import CORPUS, CarriedSlice, CorpusManifest, find_manifest
 from pipeline.corpus_plan.planning import remove_other_plans, remove_plans
 from pipeline.corpus_planner import CorpusPlanner
 from pipeline.device_profile import find_profile
@@ -36,7 +38,7 @@ from pipeline.events import CorpusPlanned, Event, ShardDone, ShardFailed, SliceD
 from pipeline.faults import ShardFault
 from pipeline.results import ShardMetrics, publish_answers
 from pipeline.shards import Shard
-from pipeline.shared_slices import read_shared_slices
+from pipeline.shared_slices import Kept, read_shared_slices
 from pipeline.slice_load import slice_loads, token_prices
 from pipeline.slice_runner import RunSpec, found_slice, min_actors
 from pipeline.slices import SliceName, list_slices
@@ -110,12 +112,17 @@ def _published(manifest: CorpusManifest, to_do: Sequence[Shard]) -> list[str]:
 
 
 @ray.remote(num_cpus=0, max_retries=2)
-def merge_corpus_task(spec: RunSpec, shards: list[Shard], paths: list[str]) -> list[ShardMetrics | ShardFailed]:
-    """Publish these shards from all slices with rows of theirs; what concerns some only is returned, not raised."""
+def merge_corpus_task(
+    spec: RunSpec, shards: list[Shard], paths: list[str], kept: dict[str, Kept]
+) -> list[ShardMetrics | ShardFailed]:
+    """Publish these shards from all slices with rows of theirs; what concerns some only is returned, not raised.
+
+    kept: of `read_shared_slices`.
+    """
     started = time.perf_counter()
     try:
         names = [shard.name for shard in shards]
-        answers = read_shared_slices(spec.job.answer_shape, spec.output, paths, names)
+        answers = read_shared_slices(spec.job.answer_shape, spec.output, paths, names, kept)
     except ShardFault as error:
         return [ShardFailed(shard.name, str(error)) for shard in shards]
     done: list[ShardMetrics | ShardFailed] = []
@@ -150,8 +157,15 @@ class CorpusRun:
         self._ready: deque[Shard] = deque()
         self._removing = ThreadPoolExecutor(1, thread_name_prefix="remove")
         self.manifest, self.notes = find_manifest(spec.output, spec.fingerprint, spec.job.plan, listed, to_do)
+        self._carried = (
+            find_carried(spec.output, spec.fingerprint, listed, to_do, slices)
+            if self.manifest is None
+            else self.manifest.carried
+        )
+        self._carried_paths = self._carried.paths_by_shard()
         self.listed = list(listed)
         self.has_stopped = False
+        self._kept = kept_answers(self._carried)
 
     @property
     def to_do(self) -> list[Shard]:
@@ -162,7 +176,7 @@ class CorpusRun:
         return self._planner is not None and not self._planner.has_ended
 
     def start_planning(self, spec_ref: Any, num_tasks: int, num_cpus: float) -> None:
-        self._planner = CorpusPlanner(self._spec, spec_ref, self.to_do, num_tasks, num_cpus)
+        self._planner = CorpusPlanner(self._spec, spec_ref, self.to_do, num_tasks, num_cpus, self._carried)
 
     def plan(self) -> Iterator[Event]:
         """What planning has done since; when it is done, `manifest` is there."""
@@ -193,24 +207,40 @@ class CorpusRun:
         self._found = [index for index in needed if slice_path(manifest, index) in self._slices]
         return CorpusPlanned(
             is_new=is_new,
-            num_slices=len(needed),
-            num_found=len(self._found),
+            num_slices=len(needed) + len(self._carried_to_do()),
+            num_found=len(self._found) + len(self._carried_to_do()),
             prompt_tokens=manifest.totals.prompt_tokens,
             achievable_prefix_tokens=manifest.totals.achievable_prefix_tokens,
             num_duplicates_across=manifest.totals.num_duplicates_across,
             wall_s=self._planner.wall_s if self._planner is not None else 0.0,
         )
 
+    def _carried_to_do(self) -> list[CarriedSlice]:
+        """The slices of earlier plans with rows of shards that have no results."""
+        carried = self._carried
+        return [one for one in carried.slices if not self._to_do.keys().isdisjoint(carried.names(one.shards))]
+
     def tell_found(self) -> Iterator[Event]:
-        """The events of slices that were published before."""
+        """The events of slices that were published before, by this plan or one before it."""
         assert self.manifest is not None
         names = [self.manifest.slice_name(index) for index in self._found]
         with ThreadPoolExecutor(FOUND_AT_ONCE) as pool:
+            carried = self._carried_to_do()
+            for start in range(0, len(carried), FOUND_AT_ONCE):
+                yield from pool.map(self._found_carried, carried[start : start + FOUND_AT_ONCE])
             for start in range(0, len(names), FOUND_AT_ONCE):
                 part = names[start : start + FOUND_AT_ONCE]
                 for event in pool.map(partial(found_slice, self._spec.output, CORPUS), part):
                     yield event
                     self._hear(event.index)
+
+    def _found_carried(self, one: CarriedSlice) -> SliceDone:
+        """The event of a slice of an earlier plan, as if it had no rows of shards that changed since."""
+        name = SliceName.parse(one.path.rpartition("/")[2])
+        assert name is not None, one.path
+        event = found_slice(self._spec.output, CORPUS, name)
+        kept = set(self._carried.names(one.shards))
+        return replace(event, by_shard={shard: rows for shard, rows in event.by_shard.items() if shard in kept})
 
     def work(self) -> CorpusWork:
         """What is to be answered, for the Admission."""
@@ -234,8 +264,9 @@ class CorpusRun:
         else:
             yield event
 
-    def take_ready(self) -> tuple[list[Shard], list[str]] | None:
-        """Shards that have all their slices, to be merged together, and the paths of these; None if there are none."""
+    def take_ready(self) -> tuple[list[Shard], list[str], dict[str, Kept]] | None:
+        """Shards that have all their slices, to be merged together: what `merge_corpus_task` takes; None if there are
+        none."""
         shards: list[Shard] = []
         num_rows = 0
         while self._ready and (not shards or num_rows + self._ready[0].num_rows <= MERGE_ROWS):
@@ -245,7 +276,9 @@ class CorpusRun:
             return None
         assert self._countdown is not None and self.manifest is not None
         indices = sorted({index for shard in shards for index in self._countdown.slices_of(shard.name)})
-        return shards, [slice_path(self.manifest, index) for index in indices]
+        before = sorted({path for shard in shards for path in self._carried_paths.get(shard.name, [])})
+        paths = [*before, *(slice_path(self.manifest, index) for index in indices)]
+        return shards, paths, {path: self._kept[path] for path in before}
 
     def finish_shard(self, done: ShardMetrics | ShardFailed) -> Event:
         """A shard was merged: slices that no other shard waits for may go."""

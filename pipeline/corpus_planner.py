@@ -14,7 +14,14 @@ from typing import Any
 import ray
 
 from pipeline.corpus_plan.key_ranges import KeyRange, choose_ranges, shards_of
-from pipeline.corpus_plan.manifest import CorpusManifest, plan_folder, plan_settings, planned_shards
+from pipeline.corpus_plan.manifest import (
+    NOTHING_CARRIED,
+    Carried,
+    CorpusManifest,
+    plan_folder,
+    plan_settings,
+    planned_shards,
+)
 from pipeline.corpus_plan.merging import RangePlan, merge_range
 from pipeline.corpus_plan.planning import finish_plan
 from pipeline.corpus_plan.sorted_runs import SortedShard, sort_shard
@@ -24,17 +31,20 @@ from pipeline.job import JobError
 from pipeline.plan_tokenizer import planning_tokenizer
 from pipeline.results import passthrough_columns
 from pipeline.shards import Shard, open_shard
+from pipeline.shared_slices import answered_rows
 from pipeline.slice_runner import RunSpec
 
 
 @ray.remote(max_retries=3)
-def sort_task(spec: RunSpec, shard: Shard, folder: str) -> SortedShard | ShardFailed:
-    """Sort one shard; whatever concerns only this shard is returned, not raised."""
+def sort_task(spec: RunSpec, shard: Shard, folder: str, carried: list[str]) -> SortedShard | ShardFailed:
+    """Sort what these slice objects have no answers to of one shard; whatever concerns only this shard is returned, not
+    raised."""
     job = spec.job
     try:
         with open_shard(shard) as source:
             passthrough_columns(job, source.schema_arrow, shard.name)
-        return sort_shard(job, shard, spec.output, folder, planning_tokenizer(job))
+        answered = answered_rows(spec.output, carried, shard.name)
+        return sort_shard(job, shard, spec.output, folder, planning_tokenizer(job), answered=answered)
     except ShardFault as error:
         return ShardFailed(shard.name, str(error))
 
@@ -58,13 +68,22 @@ def _result_of(ref: Any) -> SortedShard | ShardFailed | RangePlan:
 class CorpusPlanner:
     """Plans these shards as one corpus. `poll()` it until `manifest` is there, or until it `has_ended` without."""
 
-    def __init__(self, spec: RunSpec, spec_ref: Any, shards: Sequence[Shard], num_tasks: int, num_cpus: float) -> None:
-        """num_tasks: at once; num_cpus: that each reserves."""
+    def __init__(
+        self,
+        spec: RunSpec,
+        spec_ref: Any,
+        shards: Sequence[Shard],
+        num_tasks: int,
+        num_cpus: float,
+        carried: Carried = NOTHING_CARRIED,
+    ) -> None:
+        """num_tasks: at once; num_cpus: that each reserves. carried: what is answered and not to be planned."""
         self._spec = spec
         self._spec_ref = spec_ref
         self._num_tasks = num_tasks
         self._num_cpus = num_cpus
-        self._folder = plan_folder(spec.fingerprint, plan_settings(spec.job.plan), planned_shards(shards))
+        self._carried, self._carried_paths = carried, carried.paths_by_shard()
+        self._folder = plan_folder(spec.fingerprint, plan_settings(spec.job.plan), planned_shards(shards), carried)
         self._num_shards = len(shards)
         self._to_sort = deque(shards)
         self._to_merge: deque[KeyRange] = deque()
@@ -130,8 +149,9 @@ class CorpusPlanner:
 
     def _start_next(self) -> Any:
         if self._to_sort:
+            shard = self._to_sort.popleft()
             return sort_task.options(num_cpus=self._num_cpus).remote(
-                self._spec_ref, self._to_sort.popleft(), self._folder
+                self._spec_ref, shard, self._folder, self._carried_paths.get(shard.name, [])
             )
         return merge_range_task.options(num_cpus=self._num_cpus).remote(
             self._spec_ref, self._folder, self._to_merge.popleft()
@@ -148,6 +168,8 @@ class CorpusPlanner:
                 plan_settings(self._spec.job.plan),
                 shards_of(self._sorted),
                 self._ranges,
+                self._carried,
+                sum(one.num_answered for one in self._sorted),
             )
 
 

@@ -216,7 +216,7 @@ class Graph:
             CorpusRun(spec, corpus_of, shards, slices.get(CORPUS, {})) if corpus_of is not None and shards else None
         )
         self._paths: dict[str, dict[int, str]] = {}
-        self._ready: deque[tuple[list[Shard], list[str]]] = deque()
+        self._ready: deque[tuple[Any, ...]] = deque()  # what a merge task takes besides the spec
         self._merging: set[Any] = set()
         self._inbox: queue.Queue[Event | BaseException | None] = queue.Queue()
         self._spec_ref = ray.put(spec)
@@ -388,9 +388,8 @@ class Graph:
 
     def _start_merges(self) -> None:
         while self._ready and len(self._merging) < self._max_merges:
-            shards, paths = self._ready.popleft()
             task = merge_task if self._corpus is None else merge_corpus_task
-            self._merging.add(task.remote(self._spec_ref, shards, paths))
+            self._merging.add(task.remote(self._spec_ref, *self._ready.popleft()))
 
     def _finished_merges(self) -> Iterator[Event]:
         done, _ = (

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from actors.weights.checkpoint import load_tokenizer
-from pipeline.corpus_plan.manifest import find_manifest
+from pipeline.corpus_plan.carrying import find_carried
+from pipeline.corpus_plan.manifest import CORPUS, find_manifest
 from pipeline.corpus_sample import expected_computed, expected_rows, render_sample
 from pipeline.device_profile import DeviceProfile, find_profile
 from pipeline.job import Job
@@ -27,6 +28,7 @@ from pipeline.prompts import Renderer
 from pipeline.shards import Shard, ShardError
 from pipeline.slice_load import USUAL_SHARE_OF_MAX_TOKENS, token_prices
 from pipeline.slice_runner import max_actors
+from pipeline.slices import list_slices
 from pipeline.storage import Storage
 
 FILE = "scope.json"
@@ -88,6 +90,9 @@ def choose_scope(job: Job, listed: Sequence[Shard], to_do: Sequence[Shard]) -> S
     manifest, _ = find_manifest(output, job.fingerprint(), job.plan, listed, to_do)
     if manifest is not None:
         return ScopeChoice("corpus", "auto: the corpus is planned already")
+    answered = list_slices(output, CORPUS).get(CORPUS, {})
+    if answered and find_carried(output, job.fingerprint(), listed, to_do, answered).slices:
+        return ScopeChoice("corpus", "auto: a part of it was answered as one corpus")
     kept = _read_choice(output)
     left = {shard.name for shard in to_do}
     if kept is not None and left <= set(kept.get("shards", [])):

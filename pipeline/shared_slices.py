@@ -7,16 +7,19 @@ shards; the slice's times are split among the shards, so that what shards sum to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from actors.cost_model import split_exactly
 from actors.requests import SamplingParams
@@ -66,17 +69,32 @@ def publish_shared_slice(
     return output.write_whole(name.path(slice_.shard), buffer.finish())
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a slice of an earlier plan is still good for: the shards whose rows it answers. lost: those that changed or
+    went before they had results, and those that then shared out what they had cost; in the order in which it happened.
+    """
+
+    shards: frozenset[str]
+    lost: list[tuple[list[str], list[str]]]
+
+
 def read_shared_slices(
-    sampling: SamplingParams, output: Storage, slice_paths: Sequence[str], shards: Sequence[str]
+    sampling: SamplingParams,
+    output: Storage,
+    slice_paths: Sequence[str],
+    shards: Sequence[str],
+    kept: Mapping[str, Kept] = MappingProxyType({}),
 ) -> dict[str, tuple[pa.Table, list[SliceTimes]]]:
     """For each of these shards: the answers to its rows in all these slices as one table, and its share of their times.
 
-    Opens each slice once, whatever the number of shards: a footer, and the row groups in which one of them has rows.
-    ShardError if a slice is damaged, which is then removed.
+    kept: of slices of earlier plans, by path; what a device did for lost shards is lost time of the others. Opens each
+    slice once, whatever the number of shards: a footer, and the row groups in which one of them has rows. ShardError if
+    a slice is damaged, which is then removed.
     """
     wanted = frozenset(shards)
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        parts = list(pool.map(lambda path: _read_one(sampling, output, path, wanted), slice_paths))
+        parts = list(pool.map(lambda path: _read_one(sampling, output, path, wanted, kept.get(path)), slice_paths))
     empty = slice_schema(sampling).empty_table()
     read: dict[str, tuple[pa.Table, list[SliceTimes]]] = {}
     for shard in shards:
@@ -101,6 +119,56 @@ def split_times(times: SliceTimes, weights: Sequence[float], achievable: Sequenc
         )
         for i in range(len(weights))
     ]
+
+
+def _bequeath(
+    names: Sequence[str], weights: Sequence[float], seconds: Sequence[float], kept: Kept | None
+) -> tuple[list[float], dict[int, float]]:
+    """The shards' weights once those that are lost weigh nothing, and what heirs have of the device time of lost rows,
+    by their numbers."""
+    weights, number = [float(weight) for weight in weights], {name: number for number, name in enumerate(names)}
+    lost_s: dict[int, float] = {}
+    for gone, heirs in kept.lost if kept is not None else ():
+        moved = sum(weights[number[name]] for name in gone)
+        moved_s = sum(seconds[number[name]] + lost_s.pop(number[name], 0.0) for name in gone)
+        for name in gone:
+            weights[number[name]] = 0.0
+        total = sum(weights[number[name]] for name in heirs)
+        for name in heirs:
+            heir = number[name]
+            share = weights[heir] / total if total else 1 / len(heirs)
+            lost_s[heir] = lost_s.get(heir, 0.0) + moved_s * share
+            weights[heir] += moved * share
+    return weights, lost_s
+
+
+def answered_rows(output: Storage, slice_paths: Sequence[str], shard: str) -> NDArray[np.int64]:
+    """The rows of a shard that these slices, in each of which it has some, answer, folded ones included; in any order.
+    ShardError as `read_shared_slices`."""
+
+    def read(path: str) -> NDArray[np.int64]:
+        with _removed_if_damaged(output, path), output.open_input(path) as source:
+            file = pq.ParquetFile(source, pre_buffer=True)
+            shards = json.loads((file.metadata.metadata or {})[METADATA_KEY])["shards"]
+            number = shards["names"].index(shard)
+            table = file.read_row_group(shards["groups"][number], ["row_index", "duplicates", "shard"])
+            table = table.filter(pc.field("shard") == number)
+            own, folded = table["row_index"].drop_null(), pc.list_flatten(table["duplicates"])
+            return np.concatenate([own.to_numpy(), folded.to_numpy()])
+
+    with ThreadPoolExecutor(FOOTER_THREADS) as pool:
+        return np.concatenate([np.empty(0, np.int64), *pool.map(read, slice_paths)])
+
+
+@contextmanager
+def _removed_if_damaged(output: Storage, path: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
+        output.remove(path)
+        raise ShardError(
+            f"the slice {path} cannot be read ({error}) and was removed; run the same command again to compute it"
+        ) from error
 
 
 def _split_float(total: float, weights: Sequence[float]) -> list[float]:
@@ -166,28 +234,28 @@ def _group_shards(num_rows: Sequence[int]) -> list[int]:
 
 
 def _read_one(
-    sampling: SamplingParams, output: Storage, path: str, wanted: frozenset[str]
+    sampling: SamplingParams, output: Storage, path: str, wanted: frozenset[str], kept: Kept | None = None
 ) -> dict[str, tuple[pa.Table, SliceTimes]]:
     schema = slice_schema(sampling)
-    try:
+    with _removed_if_damaged(output, path):
         with output.open_input(path) as source:
             file = pq.ParquetFile(source, pre_buffer=True)
             own = json.loads((file.metadata.metadata or {})[METADATA_KEY])
             shards = own["shards"]
+            if kept is not None:
+                wanted &= kept.shards
             numbers = [number for number, name in enumerate(shards["names"]) if name in wanted]
             if not numbers:
                 return {}
             table = file.read_row_groups(sorted({shards["groups"][number] for number in numbers}))
         shard_N = table["shard"].to_numpy()
         table = table.select(schema.names).cast(schema)
-    except (pa.ArrowException, KeyError, OSError, ValueError) as error:
-        output.remove(path)
-        raise ShardError(
-            f"the slice {path} cannot be read ({error}) and was removed; run the same command again to compute it"
-        ) from error
     # A slice of nothing but error rows has taken no time on the device: what it took besides is split by rows.
     seconds, own_rows = shards["device_seconds"], shards["own_rows"]
-    times = split_times(times_of(own), seconds if sum(seconds) > 0 else own_rows, shards["achievable_prefix_tokens"])
+    weights, lost_s = _bequeath(shards["names"], seconds if sum(seconds) > 0 else own_rows, seconds, kept)
+    times = split_times(times_of(own), weights, shards["achievable_prefix_tokens"])
+    for number, more in lost_s.items():
+        times[number].lost_s += more
     bounds = [np.searchsorted(shard_N, [number, number + 1]) for number in numbers]
     # Copied: a part of a table keeps all of it in memory, with the rows of all the shards that nobody asked for.
     copied = table.take(pa.array(np.concatenate([np.arange(*pair) for pair in bounds]), pa.int64()))

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,12 +22,12 @@ from pipeline.job import PlanSection
 from pipeline.parquet import METADATA_KEY, to_parquet
 from pipeline.prefix_plan import Slice, read_rows
 from pipeline.shards import Shard, ShardError
-from pipeline.slices import SliceName
+from pipeline.slices import SliceName, list_slices
 from pipeline.storage import Storage, public_uri
 
 PLANS = "_plan"
 MANIFEST = "manifest.parquet"
-VERSION = 1
+VERSION = 2
 
 CORPUS = "_corpus"
 """Stands where a shard's name does in slices and slice objects of a corpus plan; no shard's name begins with _."""
@@ -44,12 +45,64 @@ class PlannedShard:
         return (self.etag, self.num_rows) == (shard.etag, shard.num_rows)
 
 
+Inheritance = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class CarriedSlice:
+    """A slice object of an earlier plan whose answers a new one keeps. Shards are numbers of `Carried.shards`.
+
+    shards: those whose rows in it are answered by it. lost: one pair for each time that shards of it changed or went
+    before they had results: these, and those that then shared out the time that was spent on them.
+    """
+
+    path: str
+    shards: tuple[int, ...]
+    lost: tuple[Inheritance, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """What a plan has from those before it. generation: how many there were. shards: as they were when they were
+    answered."""
+
+    generation: int = 0
+    shards: tuple[PlannedShard, ...] = ()
+    slices: tuple[CarriedSlice, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Carried:
+        """Of `asdict`."""
+        slices = [
+            CarriedSlice(
+                one["path"], tuple(one["shards"]), tuple((tuple(lost), tuple(heirs)) for lost, heirs in one["lost"])
+            )
+            for one in data["slices"]
+        ]
+        return cls(data["generation"], tuple(PlannedShard(**shard) for shard in data["shards"]), tuple(slices))
+
+    def paths_by_shard(self) -> dict[str, list[str]]:
+        """Where each shard's answers are."""
+        paths: dict[str, list[str]] = {}
+        for one in self.slices:
+            for number in one.shards:
+                paths.setdefault(self.shards[number].name, []).append(one.path)
+        return paths
+
+    def names(self, numbers: Sequence[int]) -> list[str]:
+        return [self.shards[number].name for number in numbers]
+
+
+NOTHING_CARRIED = Carried()
+
+
 @dataclass(frozen=True, slots=True)
 class PlanTotals:
     """Of the whole corpus; tokens are those of the rows to compute, without their duplicates.
 
     num_duplicates_within: what folding shard by shard would find; num_duplicates_across: what only the whole corpus
-    shows. achievable_prefix_tokens: all tokens, less the nodes of the corpus' prefix tree.
+    shows. achievable_prefix_tokens: all tokens, less the nodes of the corpus' prefix tree. num_rows_carried: rows that
+    an earlier plan has answered, and that nothing else here counts.
     """
 
     num_rows: int = 0
@@ -58,6 +111,7 @@ class PlanTotals:
     num_duplicates_across: int = 0
     prompt_tokens: int = 0
     achievable_prefix_tokens: int = 0
+    num_rows_carried: int = 0
 
     def __add__(self, other: PlanTotals) -> PlanTotals:
         return PlanTotals(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -191,7 +245,7 @@ class CorpusManifest:
 
     folder: of the plan, below the output. etag: a digest of the shards' versions. plan_id: a digest over these, the
     fingerprint and all slices' rows; equal exactly where slice `index` means the same rows. Both stand in names of
-    slice objects. shards: by name.
+    slice objects. shards: by name. carried: what is answered, and in none of the slices.
     """
 
     fingerprint: str
@@ -202,6 +256,7 @@ class CorpusManifest:
     shards: list[PlannedShard]
     totals: PlanTotals
     slices: SliceTable
+    carried: Carried = NOTHING_CARRIED
 
     def shard_number(self, name: str) -> int:
         return next(number for number, shard in enumerate(self.shards) if shard.name == name)
@@ -241,6 +296,7 @@ class CorpusManifest:
             "shards": [[shard.name, shard.etag, shard.num_rows] for shard in self.shards],
             "totals": asdict(self.totals),
             "paths": self.slices.paths,
+            "carried": asdict(self.carried),
         }
         storage.write_whole(f"{self.folder}/{MANIFEST}", to_parquet(pa.table(columns), head))
 
@@ -257,9 +313,12 @@ def corpus_etag(shards: Sequence[PlannedShard]) -> str:
     return digest.hexdigest()
 
 
-def plan_folder(fingerprint: str, settings: dict[str, int], shards: Sequence[PlannedShard]) -> str:
-    """Where the plan of these shards by this job lies; another job, cut or corpus has another folder."""
-    text = json.dumps([VERSION, fingerprint, settings, corpus_etag(shards)], sort_keys=True)
+def plan_folder(
+    fingerprint: str, settings: dict[str, int], shards: Sequence[PlannedShard], carried: Carried = NOTHING_CARRIED
+) -> str:
+    """Where the plan of these shards by this job lies; another job, cut or corpus has another folder, and so has one of
+    which other rows are answered."""
+    text = json.dumps([VERSION, fingerprint, settings, corpus_etag(shards), asdict(carried)], sort_keys=True)
     return f"{PLANS}/{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
 
 
@@ -298,6 +357,7 @@ def read_manifest(storage: Storage, folder: str) -> CorpusManifest:
         shards,
         totals,
         slices,
+        Carried.from_json(head["carried"]),
     )
 
 
@@ -307,7 +367,8 @@ def find_manifest(
     """The saved plan that holds for this job and corpus, or None; and why others that are there do not.
 
     listed: all shards that the input has now; to_do: those without results. A plan holds as long as all its shards are
-    there unchanged, whether published meanwhile or not, and none is to be done that it does not know.
+    there unchanged, whether published meanwhile or not, none is to be done that it does not know, and the answers are
+    there that it has from plans before it.
     """
     reasons = []
     for file in storage.list(PLANS):
@@ -319,7 +380,7 @@ def find_manifest(
         except ShardError as error:
             reasons.append(str(error))
             continue
-        reason = why_not(manifest, fingerprint, plan, listed, to_do)
+        reason = why_not(manifest, fingerprint, plan, listed, to_do) or _what_is_missing(storage, manifest, to_do)
         if not reason:
             return manifest, reasons
         reasons.append(f"the plan {folder} is not used: {reason}")
@@ -342,6 +403,13 @@ def why_not(
     new = [shard.name for shard in to_do if shard.name not in planned]
     parts = [(gone, "gone"), (changed, "changed"), (new, "new")]
     return "; ".join(f"{_name_some(names)} {_is(names)} {state} since" for names, state in parts if names)
+
+
+def _what_is_missing(storage: Storage, manifest: CorpusManifest, to_do: Sequence[Shard]) -> str:
+    carried, names = manifest.carried, {shard.name for shard in to_do}
+    needed = {one.path for one in carried.slices if not names.isdisjoint(carried.names(one.shards))}
+    missing = needed.difference(list_slices(storage, CORPUS).get(CORPUS, {})) if needed else ()
+    return f"{len(missing)} slices that were answered before it are gone" if missing else ""
 
 
 def read_slice(storage: Storage, manifest: CorpusManifest, index: int) -> Slice:

@@ -16,7 +16,9 @@ import numpy as np
 from pipeline.corpus_plan.key_ranges import RANGE_WEIGHT, choose_ranges, shards_of
 from pipeline.corpus_plan.manifest import (
     CORPUS,
+    NOTHING_CARRIED,
     PLANS,
+    Carried,
     CorpusManifest,
     PlannedShard,
     PlanTotals,
@@ -30,6 +32,7 @@ from pipeline.corpus_plan.merging import RangePlan, merge_range
 from pipeline.corpus_plan.sorted_runs import RUN_WEIGHT, count_shared, sort_shard
 from pipeline.job import Job
 from pipeline.shards import Shard
+from pipeline.shared_slices import answered_rows
 from pipeline.slices import SLICES, list_slices
 from pipeline.storage import Storage
 
@@ -42,17 +45,32 @@ def plan_corpus(
     tokenizer: Any,
     run_weight: int = RUN_WEIGHT,
     range_weight: int = RANGE_WEIGHT,
+    carried: Carried = NOTHING_CARRIED,
 ) -> CorpusManifest:
     """Plan these shards in this process, one step after the other. ShardError for a file that cannot be read.
 
-    job: resolved. run_weight, range_weight: what to hold in memory at once, in tokens and rows' weights.
+    job: resolved. run_weight, range_weight: what to hold in memory at once, in tokens and rows' weights. carried: of
+    `find_carried`; rows that it answers are not planned.
     """
     settings = plan_settings(job.plan)
-    folder = plan_folder(fingerprint, settings, planned_shards(shards))
-    sorted_shards = [sort_shard(job, shard, storage, folder, tokenizer, run_weight) for shard in shards]
+    folder = plan_folder(fingerprint, settings, planned_shards(shards), carried)
+    paths = carried.paths_by_shard()
+    sorted_shards = [
+        sort_shard(
+            job,
+            shard,
+            storage,
+            folder,
+            tokenizer,
+            run_weight,
+            answered_rows(storage, paths.get(shard.name, []), shard.name),
+        )
+        for shard in shards
+    ]
     ranges = choose_ranges(sorted_shards, range_weight)
     plans = [merge_range(storage, folder, settings, range_) for range_ in ranges]
-    return finish_plan(storage, folder, fingerprint, settings, shards_of(sorted_shards), plans)
+    num_carried = sum(one.num_answered for one in sorted_shards)
+    return finish_plan(storage, folder, fingerprint, settings, shards_of(sorted_shards), plans, carried, num_carried)
 
 
 def finish_plan(
@@ -62,9 +80,14 @@ def finish_plan(
     settings: dict[str, int],
     shards: Sequence[PlannedShard],
     plans: Sequence[RangePlan],
+    carried: Carried = NOTHING_CARRIED,
+    num_rows_carried: int = 0,
 ) -> CorpusManifest:
-    """Put ranges together, write the manifest, and then remove the sorted runs. shards: of `shards_of`."""
-    totals, tables = PlanTotals(), []
+    """Put ranges together, write the manifest, and then remove the sorted runs. shards: of `shards_of`.
+
+    carried: answers of earlier plans, to so many of the shards' rows; these are in no range.
+    """
+    totals, tables = PlanTotals(num_rows_carried=num_rows_carried), []
     digest = hashlib.blake2b(f"{fingerprint}\x1f{corpus_etag(shards)}".encode(), digest_size=16)
     last_order: bytes | None = None
     for plan in sorted(plans, key=lambda plan: plan.index):
@@ -78,8 +101,8 @@ def finish_plan(
         totals = replace(totals, achievable_prefix_tokens=totals.achievable_prefix_tokens + shared)
         tables.append(_continued(plan.slices, shared))
         last_order = plan.last_order
-    expected = sum(shard.num_rows for shard in shards)
-    assert totals.num_rows == expected, f"{totals.num_rows} rows were planned, and the shards have {expected}"
+    expected = sum(shard.num_rows for shard in shards) - num_rows_carried
+    assert totals.num_rows == expected, f"{totals.num_rows} rows were planned, and {expected} are to be answered"
     manifest = CorpusManifest(
         fingerprint=fingerprint,
         etag=corpus_etag(shards),
@@ -89,6 +112,7 @@ def finish_plan(
         shards=list(shards),
         totals=totals,
         slices=SliceTable.concatenate(tables),
+        carried=carried,
     )
     manifest.write(storage)
     storage.remove_tree(f"{folder}/sorted")
@@ -96,13 +120,13 @@ def finish_plan(
 
 
 def remove_other_plans(storage: Storage, manifest: CorpusManifest) -> None:
-    """Remove plans that do not hold any more, and slice objects that answer them."""
+    """Remove plans that do not hold any more, and slice objects that answer them and are not carried."""
     for folder in {"/".join(file.path.split("/")[:2]) for file in storage.list(PLANS)} - {manifest.folder}:
         storage.remove_tree(folder)
-    own = {str(name): name for name in list_slices(storage, CORPUS).get(CORPUS, {}).values()}
-    for name in own.values():
-        if not manifest.owns(name):
-            storage.remove(name.path(CORPUS))
+    carried = {one.path for one in manifest.carried.slices}
+    for path, name in list_slices(storage, CORPUS).get(CORPUS, {}).items():
+        if not manifest.owns(name) and path not in carried:
+            storage.remove(path)
 
 
 def remove_plans(storage: Storage) -> None:

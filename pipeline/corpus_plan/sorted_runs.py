@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from actors.requests import RowError
 from pipeline.corpus_plan.manifest import PlannedShard
@@ -37,6 +38,8 @@ MIN_GROUPS = 4
 """A run has at least so many groups if it has as many prompts: their borders are all that is known of its keys."""
 
 TOKEN_BYTES = 4
+
+NO_ROWS: NDArray[np.int64] = np.empty(0, np.int64)
 
 ROW_TYPE = pa.struct(
     [
@@ -72,10 +75,12 @@ class SortedRun:
 
 @dataclass(frozen=True, slots=True)
 class SortedShard:
-    """What the next step has to know of a sorted shard; a few hundred bytes and some keys per run."""
+    """What the next step has to know of a sorted shard; a few hundred bytes and some keys per run. num_answered: rows
+    that are in no run, since an earlier plan has answered them."""
 
     shard: PlannedShard
     runs: list[SortedRun]
+    num_answered: int = 0
 
 
 @dataclass(slots=True)
@@ -101,25 +106,37 @@ class _Rows:
 
 
 def sort_shard(
-    job: Job, shard: Shard, storage: Storage, folder: str, tokenizer: Any, run_weight: int = RUN_WEIGHT
+    job: Job,
+    shard: Shard,
+    storage: Storage,
+    folder: str,
+    tokenizer: Any,
+    run_weight: int = RUN_WEIGHT,
+    answered: NDArray[np.int64] = NO_ROWS,
 ) -> SortedShard:
     """Render, tokenise and sort a shard, and write its runs to `<folder>/sorted/`. ShardError if it cannot be read.
 
-    job: resolved. tokenizer: a transformers tokenizer. run_weight: what to hold at once. The same shard gives the same
-    runs, whatever else is planned with it; those that a run which was killed has left in this folder are used again.
+    job: resolved. tokenizer: a transformers tokenizer. run_weight: what to hold at once. answered: rows to leave out,
+    each once. The same shard gives the same runs, whatever else is planned with it; those that a run which was killed
+    has left in this folder, which is one for each set of answered rows, are used again.
     """
     planned = PlannedShard(shard.name, shard.etag, shard.num_rows)
     record = f"{folder}/sorted/{shard.name}.json"
     known = _read_runs(storage, record, run_weight)
     if known is not None:
-        return SortedShard(planned, known)
+        return SortedShard(planned, known, len(answered))
     runs: list[SortedRun] = []
 
     def write(rows: _Rows) -> None:
         runs.append(_write_run(rows, storage, f"{folder}/sorted/{shard.name}-{len(runs):05d}.arrows"))
 
     rows, folds = _Rows(), _FoldDigests()
-    for index, rendered in enumerate(render_rows(job, shard, tokenizer)):
+    is_answered = np.zeros(shard.num_rows, bool)
+    is_answered[answered] = True
+    rendered_rows = render_rows(job, shard, tokenizer) if len(answered) < shard.num_rows else ()
+    for index, rendered in enumerate(rendered_rows):
+        if is_answered[index]:
+            continue
         row = pack_row(job, shard, index, rendered)
         rows.add(row, folds.of(row))
         if rows.weight >= run_weight:
@@ -130,7 +147,7 @@ def sort_shard(
     storage.write_whole(
         record, json.dumps({"run_weight": run_weight, "runs": [run.to_json() for run in runs]}).encode()
     )
-    return SortedShard(planned, runs)
+    return SortedShard(planned, runs, len(answered))
 
 
 def _read_runs(storage: Storage, record: str, run_weight: int) -> list[SortedRun] | None:
