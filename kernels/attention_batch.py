@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.draft_tree import TreeMask
+
 
 @dataclass(frozen=True, slots=True)
 class PrefixGroup:
@@ -39,6 +41,8 @@ class AttentionBatch:
     page_ids[b]: its pages in order; token i of the request is slot i % S of page page_ids[b][i // S].
     groups: each of at least two requests, ascending by first_request, disjoint or one inside the other (the outer one
         first); requests outside of any group attend alone. Purely an optimisation: the result is the same without.
+    trees: of requests whose query tokens, 64 at most, are draft tokens in a tree: the mask [L, L] of who sees whom
+        among them (kernels.draft_tree has the semantics). All others are causal. The engine drafts no trees yet.
     """
 
     query_lens: list[int]
@@ -46,6 +50,7 @@ class AttentionBatch:
     page_ids: list[Sequence[int]]
     page_size: int
     groups: list[PrefixGroup] = field(default_factory=list)
+    trees: dict[int, TreeMask] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
     """What a kernel derived from the fields above, kept so that it is derived once per step and not once per layer."""
 

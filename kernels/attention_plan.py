@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.attention_batch import AttentionBatch
+from kernels.draft_tree import TREE_FIELDS, check_trees, depths, pack_tree
 
 SMALL_ROWS = 16
 LARGE_ROWS = 64
@@ -55,6 +56,8 @@ class AttentionPlan:
     merged_tokens: Tensor
     merged_slot_starts: Tensor
     merged_slots: Tensor
+    trees_T3: Tensor | None = None
+    """What each token sees of its step's keys where some request's drafts are a tree: see draft_tree.TREE_FIELDS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +72,13 @@ class PlanArrays:
     merged_tokens: Ints
     merged_slot_starts: Ints
     merged_slots: Ints
+    trees_T3: Ints | None
 
     def arrays(self) -> tuple[Ints, ...]:
         """All of them, in the order of AttentionPlan's tensors."""
         merged = self.merged_tokens, self.merged_slot_starts, self.merged_slots
-        return self.small_parts, self.large_parts, self.positions_T, self.page_ids, *merged
+        trees = () if self.trees_T3 is None else (self.trees_T3,)
+        return self.small_parts, self.large_parts, self.positions_T, self.page_ids, *merged, *trees
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +105,25 @@ def plan_attention(
     if device.type == "cuda":
         flat = flat.pin_memory()
     tensors = flat.to(device, non_blocking=True).split([part.size for part in parts])
-    small, large, positions, pages, tokens, starts, slots = tensors
+    small, large, positions, pages, tokens, starts, slots, *trees = tensors
     return AttentionPlan(
-        small.view(-1, FIELDS), large.view(-1, FIELDS), positions, pages, arrays.num_slots, tokens, starts, slots
+        small_parts=small.view(-1, FIELDS),
+        large_parts=large.view(-1, FIELDS),
+        positions_T=positions,
+        page_ids=pages,
+        num_slots=arrays.num_slots,
+        merged_tokens=tokens,
+        merged_slot_starts=starts,
+        merged_slots=slots,
+        trees_T3=trees[0].view(-1, TREE_FIELDS) if trees else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class PlanRoom:
-    """How large a step's plan may be: query tokens, parts, rows of partial results, entries of page tables."""
+    """How large a step's plan may be: query tokens, parts, rows of partial results, entries of page tables.
+
+    There is none for trees of drafts."""
 
     num_tokens: int
     num_small: int
@@ -123,6 +138,7 @@ class PlanRoom:
             and len(arrays.large_parts) <= self.num_large
             and arrays.num_slots <= self.num_slots
             and len(arrays.page_ids) <= self.num_page_ids
+            and arrays.trees_T3 is None
         )
 
 
@@ -187,7 +203,8 @@ def lay_out_plan(
     groups = [] if deterministic else batch.groups
     page_ids, tables = _lay_out_tables([*batch.page_ids, *(group.page_ids for group in groups)])
     first_tokens = np.concatenate(([0], np.cumsum(queries)))
-    positions_T = ranges(contexts - queries, queries)
+    order_T = ranges(contexts - queries, queries)  # of the tokens' slots
+    positions_T, trees_T3 = _lay_out_trees(batch, order_T, first_tokens, window)
 
     starts = np.zeros(num_requests, np.int64)
     large: list[_Parts] = []
@@ -206,8 +223,8 @@ def lay_out_plan(
 
     if deterministic:
         owner = np.repeat(np.arange(num_requests), queries)
-        tokens = np.arange(len(positions_T))
-        whole = _Parts(tokens, np.ones_like(tokens), tables[owner], np.zeros_like(tokens), positions_T + 1)
+        tokens = np.arange(len(order_T))
+        whole = _Parts(tokens, np.ones_like(tokens), tables[owner], np.zeros_like(tokens), order_T + 1)
         small = _split(whole, SMALL_SPLIT)
     else:
         requests = _Parts(first_tokens[:-1], queries, tables[:num_requests], starts, contexts)
@@ -217,11 +234,27 @@ def lay_out_plan(
             chunks = np.flatnonzero(~is_small)
             first, num = _tile(first_tokens[chunks], first_tokens[chunks + 1], heads_per_kv)
             owner = np.searchsorted(first_tokens, first, side="right") - 1
-            large.append(_Parts(first, num, tables[owner], starts[owner], positions_T[first + num - 1] + 1))
+            large.append(_Parts(first, num, tables[owner], starts[owner], order_T[first + num - 1] + 1))
     all_large = _concatenate(large)
     if window is not None:
         small, all_large = (_seen(parts, positions_T, window) for parts in (small, all_large))
-    return _number_slots(small, all_large, positions_T, page_ids)
+    return _number_slots(small, all_large, positions_T, page_ids, trees_T3)
+
+
+def _lay_out_trees(
+    batch: AttentionBatch, order_T: Ints, first_tokens: Ints, window: int | None
+) -> tuple[Ints, Ints | None]:
+    """The tokens' positions, and their rows of the masks if there are trees; those of other requests are causal."""
+    if not batch.trees:
+        return order_T, None
+    check_trees(batch.trees, batch.query_lens)
+    positions_T, trees_T3 = order_T.copy(), np.zeros((len(order_T), TREE_FIELDS), np.int64)
+    trees_T3[:, 0] = order_T + 1
+    for request, mask in batch.trees.items():
+        first, stop = first_tokens[request : request + 2]
+        positions_T[first:stop] = order_T[first] + depths(mask)
+        trees_T3[first:stop] = pack_tree(mask, window, order_T[first])
+    return positions_T, trees_T3
 
 
 def _lay_out_tables(tables: Sequence[Sequence[int]]) -> tuple[Ints, Ints]:
@@ -271,7 +304,7 @@ def _concatenate(parts: list[_Parts]) -> _Parts:
     return _Parts(*(np.concatenate([getattr(p, name) for p in parts]) for name in _Parts.__slots__))
 
 
-def _number_slots(small: _Parts, large: _Parts, positions_T: Ints, page_ids: Ints) -> PlanArrays:
+def _number_slots(small: _Parts, large: _Parts, positions_T: Ints, page_ids: Ints, trees_T3: Ints | None) -> PlanArrays:
     """Give partial results their places: a token that is in several parts has one in each of them."""
     parts = _concatenate([small, large])
     owner = np.repeat(np.arange(len(parts.first)), parts.num)
@@ -299,4 +332,5 @@ def _number_slots(small: _Parts, large: _Parts, positions_T: Ints, page_ids: Int
         merged_tokens=merged,
         merged_slot_starts=np.concatenate(([0], np.cumsum(counts[merged]))),
         merged_slots=slots[order],
+        trees_T3=trees_T3,
     )

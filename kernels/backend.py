@@ -158,16 +158,19 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     deterministic: bool = False,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of each request's query tokens over its pages, [T, N, D].
+    """Attention of each request's query tokens over its pages, [T, N, D]: causal, but for `batch.trees`.
 
     window: how many of the most recent tokens a query sees, itself included; None is all. deterministic: a token's
-    bits depend on the token and its context alone, and on the page size; prefix groups are ignored.
+    bits depend on the token and its context alone, and on the page size; prefix groups are ignored. sinks_N: float32
+    [N], a learned logit of each query head that joins the softmax's sum and has no value, as in gpt-oss (vLLM's name
+    too); None is none.
     """
     if is_cuda("paged_attention", q_TND):
         from kernels.paged_attention import paged_attention_triton
 
-        return paged_attention_triton(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window, deterministic)
+        return paged_attention_triton(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window, deterministic, sinks_N)
     if deterministic:
         from kernels.fixed_order_attention import fixed_order_attention_cpu as attend
     else:
@@ -175,9 +178,9 @@ def paged_attention(
 
     if k_pages_PKSD.dtype != q_TND.dtype and k_pages_PKSD.dtype in (torch.int8, torch.bfloat16):
         convert = kernels.quantized_kv.attend_converted
-        return convert(attend, q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+        return convert(attend, q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window, sinks_N)
     assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)
-    return attend(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+    return attend(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window, sinks_N)
 
 
 def prepare_linear(

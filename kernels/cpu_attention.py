@@ -13,7 +13,8 @@ do lie at constant strides, and the partial results are merged exactly (as in Fl
 
 Grouped-query attention: the G = N / K query heads of a key/value head are laid side by side as query rows.
 Shape letters as in `kernels.attention_batch`; X parts, R rows of queries, L queries of a part, C keys of a part.
-Sliding windows take a plain path, one masked call per request, when a context is longer than the window.
+Sliding windows take a plain path, one masked call per request, when a context is longer than the window. A tree of
+drafts is verified as a sequence of them is, behind another mask. Attention sinks scale what comes out.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention_batch import AttentionBatch
+from kernels.attention_checks import check_sinks
+from kernels.draft_tree import TreeMask, check_trees, hidden_keys
 
 MAX_WASTE = 1.3
 """Pages of a decode are read in place as one range while that range has at most this many times the pages in use;
@@ -114,17 +118,20 @@ def paged_attention_cpu(
     batch: AttentionBatch,
     scale: float,
     window: int | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Attend every query token of a step to the tokens of its own request up to itself; returns [T, N, D].
 
-    The step's own keys and values must already be in the pages. Any context length, any mixture of chunk lengths.
+    The step's own keys and values must already be in the pages. Any context length, any mixture of chunk lengths, trees
+    of drafts (`batch.trees`), and sinks: see kernels.backend.paged_attention.
     """
+    check_sinks(sinks_N, q_TND)
     num_tokens, num_heads, head_dim = q_TND.shape
     num_kv_heads = k_pages_PKSD.shape[1]
     q_TKGD = q_TND.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     k_KPSD, v_KPSD = k_pages_PKSD.transpose(0, 1), v_pages_PKSD.transpose(0, 1)
     if window is not None and max(batch.context_lens) > window:
-        return _attend_windowed(q_TKGD, k_KPSD, v_KPSD, batch, scale, window).view_as(q_TND)
+        return _attend_windowed(q_TKGD, k_KPSD, v_KPSD, batch, scale, window, sinks_N).view_as(q_TND)
 
     plan = batch.cache.get("cpu_attention")
     if plan is None:
@@ -132,11 +139,12 @@ def paged_attention_cpu(
     parts = [_attend_parts(parts, q_TKGD, k_KPSD, v_KPSD, scale) for parts in plan.parts]
     parts.extend(_attend_chunks(chunks, q_TKGD, k_KPSD, v_KPSD, scale) for chunks in plan.chunks)
     parts.extend(_attend_context(context, q_TKGD, k_KPSD, v_KPSD, scale) for context in plan.contexts)
-    return _merge_parts(plan.merge, parts, q_TKGD)
+    return _merge_parts(plan.merge, parts, q_TKGD, sinks_N)
 
 
 def _plan(batch: AttentionBatch, dtype: torch.dtype, num_grouped: int) -> _Plan:
     size = batch.page_size
+    check_trees(batch.trees, batch.query_lens)
     num_shared_pages = [0] * len(batch.query_lens)
     first_rows = [0]
     for num_queries in batch.query_lens:
@@ -158,9 +166,10 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype, num_grouped: int) -> _Plan:
     for request, num_queries in enumerate(batch.query_lens):
         num_shared, num_context = num_shared_pages[request], batch.context_lens[request]
         own_pages = batch.page_ids[request][num_shared : -(-num_context // size)]
-        if num_queries <= MAX_FEW_QUERIES:
+        if num_queries <= MAX_FEW_QUERIES or request in batch.trees:
             num_seen = num_context - num_queries - num_shared * size + 1
-            small.append(_Queries(first_rows[request], num_queries, num_seen, 1, own_pages))
+            tree = batch.trees.get(request)
+            small.append(_Queries(first_rows[request], num_queries, num_seen, 1, own_pages, tree))
             continue
         prefills.append(request)
         num_before = num_context - num_queries - num_shared * size
@@ -182,13 +191,14 @@ def _plan(batch: AttentionBatch, dtype: torch.dtype, num_grouped: int) -> _Plan:
 @dataclass(frozen=True, slots=True)
 class _Queries:
     """Consecutive query rows against pages: the first sees `num_seen` of their tokens, each further one `more_each`
-    more."""
+    more, if they are no tree."""
 
     first_row: int
     num_queries: int
     num_seen: int
     more_each: int
     pages: Sequence[int]
+    tree: TreeMask | None = None
 
 
 _Reader = tuple[_Queries, int]
@@ -253,9 +263,15 @@ def _new_parts(
     offsets_XL = torch.minimum(steps_L, num_queries_X[:, None] - 1)
     query_rows_XL = first_row_X[:, None] + offsets_XL
     num_seen_XL = num_seen_X[:, None] + more_each_X[:, None] * offsets_XL
-    sees_nothing_XL = num_seen_XL <= 0
+    hidden_XLC = torch.arange(num_keys) >= num_seen_XL[:, :, None]
+    for i, (queries, num_before) in enumerate(readers):
+        if queries.tree is not None:
+            order = np.arange(queries.num_queries) + queries.num_seen - 1
+            hidden = hidden_keys(order, num_before + num_keys, queries.tree, None)[:, num_before:]
+            hidden_XLC[i] = torch.from_numpy(hidden)[offsets_XL[i]]
+    sees_nothing_XL = hidden_XLC.all(2)
     rows_XL = query_rows_XL.masked_fill(sees_nothing_XL | (steps_L >= num_queries_X[:, None]), num_tokens)
-    hidden_XLC = (torch.arange(num_keys) >= num_seen_XL[:, :, None]) & ~sees_nothing_XL[:, :, None]
+    hidden_XLC &= ~sees_nothing_XL[:, :, None]
     mask_XLC = torch.zeros(hidden_XLC.shape, dtype=dtype).masked_fill_(hidden_XLC, float("-inf"))
     return _Parts(query_rows_XL, rows_XL, pages, mask_XLC.repeat_interleave(num_grouped, 1)[:, None])
 
@@ -365,33 +381,55 @@ def _attend_context(
     return output, lse.view(num_kv_heads, num_rows, num_grouped).transpose(0, 1)
 
 
-def _merge_parts(plan: _Merge, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tensor) -> Tensor:
+def _merge_parts(plan: _Merge, parts: list[tuple[Tensor, Tensor]], q_TKGD: Tensor, sinks_N: Tensor | None) -> Tensor:
     """Put the result of every query row together: as it is where there is one part, else the sum of its parts, each
-    weighted by exp(lse) over the sum of these."""
+    weighted by exp(lse) over the sum of these. Sinks join each row's sum once, after that."""
     num_tokens, num_kv_heads, num_grouped, head_dim = q_TKGD.shape
-    output_XND = (
-        torch.cat([output.flatten(1, 2) for output, _ in parts]) if len(parts) > 1 else parts[0][0].flatten(1, 2)
+    output_XND, lse_XN = (
+        torch.cat([part[i].flatten(1, 2) for part in parts]) if len(parts) > 1 else parts[0][i].flatten(1, 2)
+        for i in range(2)
     )
     if plan.is_in_order:
-        return output_XND
+        return _with_sinks(output_XND, lse_XN, sinks_N)
     merged_TND = q_TKGD.new_empty(num_tokens, num_kv_heads * num_grouped, head_dim)
     if len(plan.single_rows):
-        merged_TND.index_copy_(0, plan.single_rows, output_XND.index_select(0, plan.single_parts))
-    if plan.tables:
-        lse_XN = torch.cat([lse.flatten(1, 2) for _, lse in parts]) if len(parts) > 1 else parts[0][1].flatten(1, 2)
+        single_XND, single_lse_XN = (x.index_select(0, plan.single_parts) for x in (output_XND, lse_XN))
+        merged_TND.index_copy_(0, plan.single_rows, _with_sinks(single_XND, single_lse_XN, sinks_N))
     for table in plan.tables:
         shape_RM = table.table_RM.shape
         lse_RMN = lse_XN.index_select(0, table.table_RM.flatten()).view(*shape_RM, -1)
-        weight_RMN = lse_RMN.masked_fill_(table.is_padding_RM1, float("-inf")).softmax(1)
+        weight_RMN = _weigh(lse_RMN.masked_fill_(table.is_padding_RM1, float("-inf")), sinks_N)
         output_RMND = output_XND.index_select(0, table.table_RM.flatten()).view(*shape_RM, -1, head_dim)
         merged_RND = (output_RMND * weight_RMN.unsqueeze(-1)).sum(1).to(q_TKGD.dtype)
         merged_TND.index_copy_(0, table.rows, merged_RND)
     return merged_TND
 
 
+def _weigh(lse_RMN: Tensor, sinks_N: Tensor | None) -> Tensor:
+    """What each of a row's parts counts for."""
+    if sinks_N is None:
+        return lse_RMN.softmax(1)
+    sink_R1N = sinks_N.expand(len(lse_RMN), 1, -1)
+    return torch.cat((lse_RMN, sink_R1N), 1).softmax(1)[:, :-1]
+
+
+def _with_sinks(output_XND: Tensor, lse_XN: Tensor, sinks_N: Tensor | None) -> Tensor:
+    """Whole results, as they are where exp(sink) joins the sum of which `lse` is the logarithm."""
+    if sinks_N is None:
+        return output_XND
+    return (output_XND * (lse_XN - sinks_N).sigmoid_().unsqueeze(-1)).to(output_XND.dtype)
+
+
 def _attend_windowed(
-    q_TKGD: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, batch: AttentionBatch, scale: float, window: int
+    q_TKGD: Tensor,
+    k_KPSD: Tensor,
+    v_KPSD: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    window: int,
+    sinks_N: Tensor | None,
 ) -> Tensor:
+    check_trees(batch.trees, batch.query_lens)
     output = torch.empty_like(q_TKGD)
     size, row = batch.page_size, 0
     for request, num_queries in enumerate(batch.query_lens):
@@ -399,15 +437,19 @@ def _attend_windowed(
         first_query = num_context - num_queries
         first_page = max(0, first_query - window + 1) // size
         pages = _as_slice(batch.page_ids[request][first_page : -(-num_context // size)])
-        keys = torch.arange(first_page * size, num_context)
-        queries = torch.arange(first_query, num_context)[:, None]
-        hidden = (keys > queries) | (keys <= queries - window)
+        first_key = first_page * size
+        order = np.arange(first_query, num_context)
+        tree = batch.trees.get(request)
+        hidden = torch.from_numpy(hidden_keys(order, num_context, tree, window)[:, first_key:])
         mask = torch.zeros(hidden.shape, dtype=q_TKGD.dtype).masked_fill_(hidden, float("-inf"))
         q_KGLD = q_TKGD[row : row + num_queries].permute(1, 2, 0, 3)
-        num_grouped = q_KGLD.shape[1]
-        k = _select(k_KPSD, pages).flatten(1, 2)[:, None, : len(keys)].expand(-1, num_grouped, -1, -1)
-        v = _select(v_KPSD, pages).flatten(1, 2)[:, None, : len(keys)].expand(-1, num_grouped, -1, -1)
-        attended, _ = _flash(q_KGLD, k, v, attn_mask=mask, scale=scale)
-        output[row : row + num_queries] = attended.permute(2, 0, 1, 3)
+        num_kv_heads, num_grouped = q_KGLD.shape[:2]
+        num_keys = num_context - first_key
+        k = _select(k_KPSD, pages).flatten(1, 2)[:, None, :num_keys].expand(-1, num_grouped, -1, -1)
+        v = _select(v_KPSD, pages).flatten(1, 2)[:, None, :num_keys].expand(-1, num_grouped, -1, -1)
+        attended, lse = _flash(q_KGLD, k, v, attn_mask=mask, scale=scale)
+        attended, lse = attended.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
+        sinks_KG = None if sinks_N is None else sinks_N.view(num_kv_heads, num_grouped)
+        output[row : row + num_queries] = _with_sinks(attended, lse, sinks_KG)
         row += num_queries
     return output

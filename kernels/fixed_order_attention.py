@@ -17,11 +17,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention_batch import AttentionBatch
+from kernels.attention_checks import check_sinks
 from kernels.cpu_linear import dtype_name
+from kernels.draft_tree import check_trees, depths, hidden_keys
 from kernels.fixed_order_linear import with_threads
 
 ROW_TILES = (8, 16, 32)
@@ -58,6 +61,17 @@ class _TileSet:
     steps: list[_PageStep]
 
 
+@dataclass(slots=True)
+class _Tokens:
+    """What a step's query tokens see: keys of positions up to `last_T` and, of requests whose drafts are a tree, what
+    `hidden_LC` of the request (C fills its pages) does not hide. A window ends at `position_T`."""
+
+    position_T: Tensor
+    last_T: Tensor
+    hidden_LC: dict[int, Tensor]
+    first_token: list[int]  # of each request
+
+
 def fixed_order_attention_cpu(
     q_TND: Tensor,
     k_pages_PKSD: Tensor,
@@ -65,12 +79,15 @@ def fixed_order_attention_cpu(
     batch: AttentionBatch,
     scale: float,
     window: int | None = None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """Attend every query token of a step to the tokens of its own request up to itself; returns [T, N, D].
 
     The step's own keys and values must already be in the pages. Any context length, any mixture of chunk lengths, any
-    window.
+    window, and sinks (kernels.backend.paged_attention). Trees of drafts too (`batch.trees`): the bits of a token then
+    depend on the slots of its ancestors as well, and are those of a sequence where the tree is one.
     """
+    check_sinks(sinks_N, q_TND)
     num_tokens, num_heads, head_dim = q_TND.shape
     num_kv_heads = k_pages_PKSD.shape[1]
     num_grouped = num_heads // num_kv_heads
@@ -84,7 +101,12 @@ def fixed_order_attention_cpu(
     q_rows = q_TND.view(num_tokens, num_kv_heads, num_grouped, head_dim).transpose(1, 2).flatten(0, 1)
     out_rows = torch.empty_like(q_rows)
     for tiles in tile_sets:
-        attended_XRKD = _attend(tiles, q_rows, k_pages_PKSD.transpose(0, 1), v_pages_PKSD.transpose(0, 1), scale)
+        sinks_XKR1 = None
+        if sinks_N is not None:
+            sinks_XRK = sinks_N.view(num_kv_heads, num_grouped).t()[tiles.rows_XR % num_grouped]
+            sinks_XKR1 = sinks_XRK.transpose(1, 2).unsqueeze(3).contiguous()
+        k_KPSD, v_KPSD = k_pages_PKSD.transpose(0, 1), v_pages_PKSD.transpose(0, 1)
+        attended_XRKD = _attend(tiles, q_rows, k_KPSD, v_KPSD, scale, sinks_XKR1)
         flat = attended_XRKD.flatten(0, 1).to(q_TND.dtype)
         out_rows.index_copy_(0, tiles.rows_XR.flatten()[tiles.kept], flat.index_select(0, tiles.kept))
     return out_rows.view(num_tokens, num_grouped, num_kv_heads, head_dim).transpose(1, 2).reshape(q_TND.shape)
@@ -94,6 +116,7 @@ def _plan(
     batch: AttentionBatch, num_grouped: int, window: int | None, row_tiles: tuple[int, ...], max_tiles: int
 ) -> list[_TileSet]:
     """Cut requests into tiles, each request into those that fit it best."""
+    tokens = _lay_out_tokens(batch, window)
     tiles_of: dict[int, list[tuple[int, int, int, int, int]]] = {}
     first_row = 0
     for request, (num_queries, num_context) in enumerate(zip(batch.query_lens, batch.context_lens)):
@@ -101,15 +124,13 @@ def _plan(
         size = next((tile for tile in row_tiles if tile >= num_rows), row_tiles[-1])
         for start in range(0, num_rows, size):
             count = min(size, num_rows - start)
-            first_position = num_context - num_queries + start // num_grouped
-            last_position = num_context - num_queries + (start + count - 1) // num_grouped
-            oldest = 0 if window is None else max(0, first_position - window + 1)
-            pages = (oldest // batch.page_size, last_position // batch.page_size)
+            first, last = start // num_grouped, (start + count - 1) // num_grouped
+            first_token = tokens.first_token[request]
+            lowest = int(tokens.position_T[first_token + first : first_token + last + 1].min())
+            oldest = 0 if window is None else max(0, lowest - window + 1)
+            pages = (oldest // batch.page_size, (num_context - num_queries + last) // batch.page_size)
             tiles_of.setdefault(size, []).append((request, first_row + start, count, *pages))
         first_row += num_rows
-    positions = torch.cat(
-        [torch.arange(context - queries, context) for queries, context in zip(batch.query_lens, batch.context_lens)]
-    )
     sets = []
     for size, tiles in tiles_of.items():
         # Most pages first: the i-th page's tiles are then the first ones. Among equals, later queries first: the tiles
@@ -117,15 +138,35 @@ def _plan(
         tiles.sort(key=lambda tile: (tile[3] - tile[4], -tile[1]))
         for start in range(0, len(tiles), max_tiles):
             part = tiles[start : start + max_tiles]
-            sets.append(_plan_set(batch, part, size, positions, num_grouped, window))
+            sets.append(_plan_set(batch, part, size, tokens, num_grouped, window))
     return sets
+
+
+def _lay_out_tokens(batch: AttentionBatch, window: int | None) -> _Tokens:
+    check_trees(batch.trees, batch.query_lens)
+    tokens = _Tokens(torch.zeros(0), torch.zeros(0), {}, [])
+    positions, lasts, num_tokens = [], [], 0
+    for request, (num_queries, num_context) in enumerate(zip(batch.query_lens, batch.context_lens)):
+        order = np.arange(num_context - num_queries, num_context)
+        position = last = order
+        if request in batch.trees:
+            mask = batch.trees[request]
+            num_keys = -(-num_context // batch.page_size) * batch.page_size
+            tokens.hidden_LC[request] = torch.from_numpy(hidden_keys(order, num_keys, mask, window))
+            position, last = order[0] + depths(mask), np.full_like(order, order[0] - 1)
+        positions.append(position)
+        lasts.append(last)
+        tokens.first_token.append(num_tokens)
+        num_tokens += num_queries
+    tokens.position_T, tokens.last_T = (torch.from_numpy(np.concatenate(x)) for x in (positions, lasts))
+    return tokens
 
 
 def _plan_set(
     batch: AttentionBatch,
     tiles: list[tuple[int, int, int, int, int]],
     size: int,
-    positions_T: Tensor,
+    tokens: _Tokens,
     num_grouped: int,
     window: int | None,
 ) -> _TileSet:
@@ -134,21 +175,25 @@ def _plan_set(
     count_X = torch.tensor([tile[2] for tile in tiles])
     steps_R = torch.arange(size)
     rows_XR = first_X[:, None] + torch.minimum(steps_R, count_X[:, None] - 1)
-    position_XR = positions_T[rows_XR // num_grouped]
+    token_XR = rows_XR // num_grouped
     steps = []
     for i in range(tiles[0][4] - tiles[0][3] + 1):
         here = [(request, first + i) for request, _, _, first, last in tiles if first + i <= last]
-        pages_X = torch.tensor([int(batch.page_ids[request][page]) for request, page in here])
-        first_key_X = torch.tensor([page * batch.page_size for _, page in here])
-        steps += _plan_page(pages_X, first_key_X, position_XR[: len(here)], batch.page_size, window)
+        steps += _plan_page(batch, here, tokens, token_XR[: len(here)], window)
     return _TileSet(rows_XR, (steps_R < count_X[:, None]).flatten().nonzero().squeeze(1), steps)
 
 
 def _plan_page(
-    pages_X: Tensor, first_key_X: Tensor, position_XR: Tensor, page_size: int, window: int | None
+    batch: AttentionBatch, here: list[tuple[int, int]], tokens: _Tokens, token_XR: Tensor, window: int | None
 ) -> list[_PageStep]:
-    """Split tiles into the leading ones that see their pages wholly and those that need a mask."""
-    is_whole_X = first_key_X + page_size - 1 <= position_XR.amin(1)
+    """Split tiles into the leading ones that see their pages wholly and those that need a mask.
+
+    `here` are (request, which of its pages) of each tile."""
+    page_size = batch.page_size
+    pages_X = torch.tensor([int(batch.page_ids[request][page]) for request, page in here])
+    first_key_X = torch.tensor([page * page_size for _, page in here])
+    position_XR, last_XR = tokens.position_T[token_XR], tokens.last_T[token_XR]
+    is_whole_X = first_key_X + page_size - 1 <= last_XR.amin(1)
     if window is not None:
         is_whole_X &= first_key_X > position_XR.amax(1) - window
     num_tiles, num_whole = len(pages_X), int(is_whole_X.long().cumprod(0).sum())
@@ -157,10 +202,13 @@ def _plan_page(
         steps.append(_PageStep(0, num_whole, pages_X[:num_whole], None, None))
     if num_whole < num_tiles:
         key_X1S = first_key_X[num_whole:, None, None] + torch.arange(page_size)
-        position_XR1 = position_XR[num_whole:, :, None]
-        hidden_XRS = key_X1S > position_XR1
+        hidden_XRS = key_X1S > last_XR[num_whole:, :, None]
         if window is not None:
-            hidden_XRS |= key_X1S <= position_XR1 - window
+            hidden_XRS |= key_X1S <= position_XR[num_whole:, :, None] - window
+        for i, (request, page) in enumerate(here[num_whole:]):
+            if request in tokens.hidden_LC:
+                hidden_LS = tokens.hidden_LC[request][:, page * page_size : (page + 1) * page_size]
+                hidden_XRS[i] = hidden_LS[token_XR[num_whole + i] - tokens.first_token[request]]
         blind_XR = hidden_XRS.all(2)
         # A row without any key would get no number; its result is given no weight instead.
         hidden_XRS &= ~blind_XR[:, :, None]
@@ -168,7 +216,9 @@ def _plan_page(
     return steps
 
 
-def _attend(tiles: _TileSet, q_rows: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, scale: float) -> Tensor:
+def _attend(
+    tiles: _TileSet, q_rows: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, scale: float, sinks_XKR1: Tensor | None
+) -> Tensor:
     """float32 [X, R, K, D]. Only operations that round each value by itself merge the pages."""
     num_tiles, size = tiles.rows_XR.shape
     num_kv_heads, head_dim = q_rows.shape[1:]
@@ -185,6 +235,8 @@ def _attend(tiles: _TileSet, q_rows: Tensor, k_KPSD: Tensor, v_KPSD: Tensor, sca
         best_XKR1[part] = best
         total_XKR1[part].mul_(decay).add_(weight)
         merged_XKRD[part].mul_(decay).add_(output * weight)
+    if sinks_XKR1 is not None:
+        total_XKR1 += (sinks_XKR1 - best_XKR1).exp_()
     return merged_XKRD.div_(total_XKR1).transpose(1, 2)
 
 

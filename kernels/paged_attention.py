@@ -2,9 +2,10 @@
 
     o[t, n] = sum_j softmax_j(scale q[t, n] . k[j, n / G]) v[j, n / G],    t's position - window < j <= t's position
 
-Kwon et al. 2023 (PagedAttention), Dao 2023 (FlashAttention-2, split keys merged by log-sum-exp). The work of a step is
-cut into parts by kernels/attention_plan.py: some query tokens against a range of a page table. Where a token was in
-several parts, a second kernel merges them in a fixed order.
+Where heads have sinks, exp(sink[n]) joins the softmax's sum; where draft tokens are a tree (kernels.draft_tree), they
+see of each other what its mask says. Kwon et al. 2023 (PagedAttention), Dao 2023 (FlashAttention-2, split keys merged
+by log-sum-exp). The work of a step is cut into parts by kernels/attention_plan.py: some query tokens against a range of
+a page table. Where a token was in several parts, a second kernel merges them in a fixed order.
 
 Shape letters as in kernels/attention_batch.py; G = N / K, R query rows of a tile.
 """
@@ -14,11 +15,14 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.attention_batch import AttentionBatch
+from kernels.attention_checks import check_attention, check_sinks
 from kernels.attention_plan import LARGE_ROWS, SMALL_ROWS, plan_attention
+from kernels.draft_tree import hidden_keys
 from kernels.on_demand import triton_kernel
 from kernels.quantized_kv import Pages, QuantizedPages
 
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
 
 KEYS_PER_TILE = 64
 MERGE_ELEMENTS = 1024
+LOG2_E = math.log2(math.e)
 
 
 @triton_kernel
@@ -41,6 +46,8 @@ def _attend_kernel(
     partial_lse,
     parts,
     positions,
+    trees,
+    sinks,
     page_ids,
     scale,
     window,
@@ -61,6 +68,9 @@ def _attend_kernel(
     BLOCK: tl.constexpr,
     PADDED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    TREES: tl.constexpr,
+    SINKS: tl.constexpr,
+    LOG2_E: tl.constexpr,
     QUANTIZED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -93,6 +103,11 @@ def _attend_kernel(
     if WINDOWED:
         first_position = tl.load(positions + first_token)
         start = tl.maximum(start, tl.min(tl.where(row_inside, position, first_position)) - window + 1)
+    if TREES:
+        at_tree = trees + token * 3
+        tree_start = tl.load(at_tree, mask=row_inside, other=0)
+        low_bits = tl.load(at_tree + 1, mask=row_inside, other=0)
+        high_bits = tl.load(at_tree + 2, mask=row_inside, other=0)
 
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -109,7 +124,14 @@ def _attend_kernel(
         if QUANTIZED:
             at_scale = page * scales_stride_page + kv_head * scales_stride_head + key % PAGE
             scores = scores * tl.load(k_scales + at_scale, mask=key_inside, other=0.0)[None, :]
-        seen = key_inside[None, :] & (key[None, :] <= position[:, None])
+        if TREES:
+            # Keys before the request's query tokens are seen, and of these the ones whose bits are set.
+            place = key[None, :] - tree_start[:, None]
+            bits = tl.where(place < 32, low_bits[:, None], high_bits[:, None])
+            in_tree = (place < 64) & (((bits >> (place & 31)) & 1) != 0)
+            seen = key_inside[None, :] & ((place < 0) | in_tree)
+        else:
+            seen = key_inside[None, :] & (key[None, :] <= position[:, None])
         if WINDOWED:
             seen = seen & (key[None, :] > position[:, None] - window)
         scores = tl.where(seen, scores, float("-inf"))
@@ -128,7 +150,12 @@ def _attend_kernel(
         best = new_best
 
     empty = total == 0.0
-    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    divisor = tl.where(empty, 1.0, total)
+    if SINKS:
+        # Where a token is in several parts, its sink joins when these are merged: once in either case.
+        sink = tl.load(sinks + head, mask=row_inside, other=0.0) * LOG2_E
+        divisor += tl.where(first_slot < 0, tl.exp2(sink - tl.where(empty, 0.0, best) * scale), 0.0)
+    acc = acc / divisor[:, None]
     if first_slot < 0:
         at = (token * num_heads + head)[:, None] * head_dim + column[None, :]
         tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
@@ -147,14 +174,17 @@ def _merge_kernel(
     tokens,
     slot_starts,
     slots,
+    sinks,
     num_heads,
     head_dim,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
+    SINKS: tl.constexpr,
+    LOG2_E: tl.constexpr,
 ):
     """One program per merged token and HEADS heads: out = sum of partials weighted by exp2(lse - largest lse).
 
-    Reads each partial result once (float32) and writes the output once.
+    A sink is one more log-sum-exp, without values. Reads each partial result once (float32) and writes the output once.
     """
     index = tl.program_id(0)
     token = tl.load(tokens + index).to(tl.int64)
@@ -178,6 +208,8 @@ def _merge_kernel(
         total += weight
         values = tl.load(partial + slot[:, None] * head_dim + column[None, :], mask=inside, other=0.0)
         acc += weight[:, None] * values
+    if SINKS:
+        total += tl.exp2(tl.load(sinks + head, mask=head_inside, other=0.0) * LOG2_E - largest)
     at = (token * num_heads + head)[:, None] * head_dim + column[None, :]
     tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=inside)
 
@@ -190,17 +222,19 @@ def paged_attention_triton(
     scale: float,
     window: int | None = None,
     deterministic: bool = False,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
-    """Attend every query token of a step, [T, N, D]; causal per request.
+    """Attend every query token of a step, [T, N, D]; causal per request, but for its trees of drafts.
 
-    deterministic: a token's bits depend on the token and its context alone; a prompt's keys are then read once for each
-    of its tokens.
+    deterministic: a token's bits depend on the token and its context alone (of a tree: on the slots of its ancestors
+    too); a prompt's keys are then read once for each of its tokens. sinks_N: see kernels.backend.paged_attention.
 
     Head dimensions 8 to 256, also ones that are no power of two; 1 to 16 query heads per key/value head; any page
     size, and any strides of pages, page heads, tokens and query heads. Partial results take float32 [T', N, D], where
     T' counts a token once per part. Pages are of q's dtype, bfloat16, or quantised.
     """
     check_attention(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
+    check_sinks(sinks_N, q_TND)
     num_tokens, num_heads, head_dim = q_TND.shape
     num_kv_heads = k_pages_PKSD.shape[1]
     out_TND = torch.empty((num_tokens, num_heads, head_dim), dtype=q_TND.dtype, device=q_TND.device)
@@ -231,8 +265,10 @@ def paged_attention_triton(
             partial_lse,
             parts,
             plan.positions_T,
+            plan.positions_T if plan.trees_T3 is None else plan.trees_T3,
+            partial if sinks_N is None else sinks_N,
             plan.page_ids,
-            scale * math.log2(math.e),
+            scale * LOG2_E,
             window or 0,
             q_TND.stride(0),
             q_TND.stride(1),
@@ -250,6 +286,9 @@ def paged_attention_triton(
             BLOCK=block,
             PADDED=block != head_dim,
             WINDOWED=window is not None,
+            TREES=plan.trees_T3 is not None,
+            SINKS=sinks_N is not None,
+            LOG2_E=LOG2_E,
             QUANTIZED=is_quantized,
             STAGES=stages_per_tile(rows, block, is_quantized, window, q_TND.device),
             num_warps=warps_per_tile(rows, block, is_quantized, q_TND.device),
@@ -263,10 +302,13 @@ def paged_attention_triton(
             plan.merged_tokens,
             plan.merged_slot_starts,
             plan.merged_slots,
+            partial if sinks_N is None else sinks_N,
             num_heads,
             head_dim,
             HEADS=heads,
             BLOCK=block,
+            SINKS=sinks_N is not None,
+            LOG2_E=LOG2_E,
             num_warps=4,
         )
     return out_TND
@@ -321,65 +363,6 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def check_attention(
-    q_TND: Tensor, k_pages: Pages, v_pages: Pages, batch: AttentionBatch, scale: float, window: int | None
-) -> None:
-    """Refuse what does not belong together. Page ids are not read: they must be in [0, P)."""
-    num_tokens, num_heads, head_dim = q_TND.shape
-    if len(k_pages.shape) != 4 or k_pages.shape != v_pages.shape or k_pages.shape[3] != head_dim:
-        raise ValueError(
-            f"paged_attention: pages are {tuple(k_pages.shape)} and {tuple(v_pages.shape)}; "
-            f"they must be [pages, heads, slots, {head_dim}]"
-        )
-    num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
-    if num_heads % num_kv_heads or not 1 <= num_heads // num_kv_heads <= 16:
-        raise ValueError(
-            f"paged_attention: {num_heads} query heads on {num_kv_heads} key/value heads; 1 to 16 may share one"
-        )
-    if not 8 <= head_dim <= 256:
-        raise ValueError(f"paged_attention: head dimension is {head_dim}; it must be 8 to 256")
-    if q_TND.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"paged_attention: q is {q_TND.dtype}; it must be float32, float16 or bfloat16")
-    for name, pages in (("k pages", k_pages), ("v pages", v_pages)):
-        x = pages.values_PKSD if isinstance(pages, QuantizedPages) else pages
-        fits = isinstance(pages, QuantizedPages) or x.dtype in (q_TND.dtype, torch.bfloat16)
-        if not fits or x.device != q_TND.device:
-            raise ValueError(
-                f"paged_attention: {name} are {x.dtype} on {x.device}, q is {q_TND.dtype} on {q_TND.device}"
-            )
-        if x.stride(3) != 1 or x.stride(2) != head_dim:
-            raise ValueError(
-                f"paged_attention: {name} have strides {x.stride()}; a page's slots must be contiguous per head"
-            )
-    if q_TND.stride(2) != 1:
-        raise ValueError(f"paged_attention: q has strides {q_TND.stride()}; the head dimension must be contiguous")
-    if not scale > 0:
-        raise ValueError(f"paged_attention: scale is {scale}; it must be above 0")
-    if window is not None and window < 1:
-        raise ValueError(f"paged_attention: window is {window}; it must be at least 1, or None")
-    check_batch(batch, num_tokens, page_size)
-
-
-def check_batch(batch: AttentionBatch, num_tokens: int, page_size: int) -> None:
-    """Refuse lengths and tables that contradict each other."""
-    if batch.page_size != page_size:
-        raise ValueError(f"paged_attention: the batch says page_size={batch.page_size}, the pages {page_size}")
-    if batch.num_tokens != num_tokens:
-        raise ValueError(f"paged_attention: query_lens sum to {batch.num_tokens}, q has {num_tokens} tokens")
-    if not len(batch.query_lens) == len(batch.context_lens) == len(batch.page_ids):
-        raise ValueError(
-            f"paged_attention: {len(batch.query_lens)} query_lens, {len(batch.context_lens)} context_lens and "
-            f"{len(batch.page_ids)} page tables; there must be one of each per request"
-        )
-    for request, (num_queries, num_context) in enumerate(zip(batch.query_lens, batch.context_lens)):
-        room = len(batch.page_ids[request]) * page_size
-        if not 1 <= num_queries <= num_context <= room:
-            raise ValueError(
-                f"paged_attention: request {request} has {num_queries} query tokens, {num_context} tokens of "
-                f"context and pages for {room}; it must be 1 <= queries <= context <= room"
-            )
-
-
 def paged_attention_reference(
     q_TND: Tensor,
     k_pages_PKSD: Tensor,
@@ -388,11 +371,13 @@ def paged_attention_reference(
     scale: float,
     window: int | None = None,
     dtype: torch.dtype = torch.float64,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """One softmax over each query token's whole context, in `dtype`, returned in `dtype`; ignores groups."""
     outputs = []
     first = 0
-    for num_queries, num_context, page_ids in zip(batch.query_lens, batch.context_lens, batch.page_ids):
+    for request, (num_queries, num_context) in enumerate(zip(batch.query_lens, batch.context_lens)):
+        page_ids = batch.page_ids[request]
         pages = torch.tensor([int(page) for page in page_ids], device=q_TND.device)
         heads_per_kv = q_TND.shape[1] // k_pages_PKSD.shape[1]
         k, v = (
@@ -401,11 +386,11 @@ def paged_attention_reference(
         )
         q = q_TND[first : first + num_queries].to(dtype)
         scores = torch.einsum("tnd,cnd->ntc", q, k) * scale
-        key = torch.arange(num_context, device=q.device)
-        position = torch.arange(num_context - num_queries, num_context, device=q.device).unsqueeze(1)
-        hidden = key > position
-        if window is not None:
-            hidden |= key <= position - window
-        outputs.append(torch.einsum("ntc,cnd->tnd", scores.masked_fill(hidden, -math.inf).softmax(-1), v))
+        order = np.arange(num_context - num_queries, num_context)
+        hidden = torch.from_numpy(hidden_keys(order, num_context, batch.trees.get(request), window)).to(q.device)
+        scores.masked_fill_(hidden, -math.inf)
+        if sinks_N is not None:
+            scores = torch.cat((scores, sinks_N.to(dtype)[:, None, None].expand(-1, num_queries, 1)), 2)
+        outputs.append(torch.einsum("ntc,cnd->tnd", scores.softmax(-1)[:, :, :num_context], v))
         first += num_queries
     return torch.cat(outputs)

@@ -189,7 +189,7 @@ def write_quantized_kv_triton(
         )
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, int | None], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, int | None, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +210,7 @@ def attend_converted(
     batch: AttentionBatch,
     scale: float,
     window: int | None,
+    sinks_N: Tensor | None = None,
 ) -> Tensor:
     """`attend` on a CPU, over pages that are not of q's dtype: reads those of the step into dense ones first."""
     page_bytes = k_pages.shape[1] * k_pages.shape[2] * k_pages.shape[3] * q_TND.dtype.itemsize
@@ -224,6 +225,7 @@ def attend_converted(
             piece.batch,
             scale,
             window,
+            sinks_N,
         )
         for piece in pieces
     ]
@@ -273,5 +275,6 @@ def _cut_out(batch: AttentionBatch, first: int, stop: int, start_row: int) -> _P
         page_ids=[[place[int(page)] for page in page_ids] for page_ids in batch.page_ids[first:stop]],
         page_size=batch.page_size,
         groups=groups,
+        trees={request - first: mask for request, mask in batch.trees.items() if first <= request < stop},
     )
     return _Piece(start_row, start_row + part.num_tokens, torch.tensor(chosen), part)

@@ -7,8 +7,9 @@ import torch
 from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
 
 
-def reference(q, k_pages, v_pages, batch, scale, window=None):
-    """float64, one request and one query at a time."""
+def reference(q, k_pages, v_pages, batch, scale, window=None, sinks=None, parents=None):
+    """float64, one request and one query at a time. `parents` of each request whose query tokens are a tree: the keys
+    that such a token sees are put together one by one, up from it to the root."""
     outputs, row = [], 0
     num_grouped = q.shape[1] // k_pages.shape[1]
     for request, num_queries in enumerate(batch.query_lens):
@@ -17,12 +18,29 @@ def reference(q, k_pages, v_pages, batch, scale, window=None):
         k = k_pages[pages].double().transpose(1, 2).flatten(0, 1)[:num_context].repeat_interleave(num_grouped, 1)
         v = v_pages[pages].double().transpose(1, 2).flatten(0, 1)[:num_context].repeat_interleave(num_grouped, 1)
         for i in range(num_queries):
-            last = num_context - num_queries + i
-            first = 0 if window is None else max(0, last - window + 1)
-            scores = torch.einsum("nd,cnd->nc", q[row].double(), k[first : last + 1]) * scale
-            outputs.append(torch.einsum("nc,cnd->nd", scores.softmax(-1), v[first : last + 1]))
+            num_before = num_context - num_queries
+            path = [num_before + token for token in ancestry(i, (parents or {}).get(request))]
+            seen = [*range(num_before), *path][-(window or num_context) :]
+            scores = torch.einsum("nd,cnd->nc", q[row].double(), k[seen]) * scale
+            if sinks is not None:
+                scores = torch.cat((scores, sinks.double()[:, None]), 1)
+            outputs.append(torch.einsum("nc,cnd->nd", scores.softmax(-1)[:, : len(seen)], v[seen]))
             row += 1
     return torch.stack(outputs)
+
+
+def ancestry(token, parents):
+    """The token's path from the root, itself last; without parents each token follows the one before."""
+    path = []
+    while token >= 0:
+        path.insert(0, token)
+        token = token - 1 if parents is None else parents[token]
+    return path
+
+
+def random_parents(rng, count):
+    """A tree of `count` tokens: mostly one that all follow the first."""
+    return [rng.randint(-1 if rng.random() < 0.1 else 0, i - 1) if i else -1 for i in range(count)]
 
 
 def make_case(
