@@ -23,6 +23,7 @@ from actors.config import EngineConfig
 from actors.rotary import resolve_max_model_len, rope_tables
 from actors.weights.checkpoint import Checkpoint
 from actors.weights.quantization import concatenate, fitting_group_size, quantize_to_nearest
+from kernels import quantized_kv
 from kernels.attention_batch import AttentionBatch, new_kv_pages
 from kernels.backend import (
     Gated,
@@ -107,7 +108,8 @@ class Decoder:
         self._cos_LR, self._sin_LR = rope_tables(checkpoint.config, max_model_len, self.dtype, self.device)
 
     def new_kv(self, num_pages: int, page_size: int) -> KVPages:
-        """Allocate zeroed pages for all layers. ValueError if they cannot be attended to deterministically and must."""
+        """Allocate zeroed pages for all layers. ValueError if they cannot be attended to deterministically and must, and
+        for int8 pages of an odd number of slots on a GPU."""
         if self.deterministic:
             check_fixed_order_attention(self.head_dim, page_size, self.dtype, self.device)
         shape = num_pages, self.num_kv_heads, page_size, self.head_dim
@@ -182,15 +184,15 @@ class Decoder:
 def copy_slots(kv: KVPages, source: int, target: int, num_tokens: int) -> None:
     """Copy the first `num_tokens` slots of page `source` to page `target`, in all layers."""
     for k_pages, v_pages in kv:
-        k_pages[target, :, :num_tokens] = k_pages[source, :, :num_tokens]
-        v_pages[target, :, :num_tokens] = v_pages[source, :, :num_tokens]
+        quantized_kv.copy_slots(k_pages, source, target, num_tokens)
+        quantized_kv.copy_slots(v_pages, source, target, num_tokens)
 
 
 def clear_pages(kv: KVPages, pages: list[int]) -> None:
     """Zero pages, in all layers."""
     for k_pages, v_pages in kv:
-        k_pages[pages] = 0
-        v_pages[pages] = 0
+        quantized_kv.clear_slots(k_pages, pages)
+        quantized_kv.clear_slots(v_pages, pages)
 
 
 def load_decoder(checkpoint: Checkpoint, config: EngineConfig, device: torch.device, dtype: torch.dtype) -> Decoder:

@@ -29,13 +29,13 @@ def check_attention(
     if q_TND.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"paged_attention: q is {q_TND.dtype}; it must be float32, float16 or bfloat16")
     for name, pages in (("k pages", k_pages), ("v pages", v_pages)):
-        x = pages.values_PKSD if isinstance(pages, QuantizedPages) else pages
+        x = pages.values if isinstance(pages, QuantizedPages) else pages
         fits = isinstance(pages, QuantizedPages) or x.dtype in (q_TND.dtype, torch.bfloat16)
         if not fits or x.device != q_TND.device:
             raise ValueError(
                 f"paged_attention: {name} are {x.dtype} on {x.device}, q is {q_TND.dtype} on {q_TND.device}"
             )
-        if x.stride(3) != 1 or x.stride(2) != head_dim:
+        if x.stride(3) != 1 or x.stride(2) != x.shape[3]:
             raise ValueError(
                 f"paged_attention: {name} have strides {x.stride()}; a page's slots must be contiguous per head"
             )

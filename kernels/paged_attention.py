@@ -23,6 +23,7 @@ from kernels.attention_batch import AttentionBatch
 from kernels.attention_checks import check_attention, check_sinks
 from kernels.attention_plan import LARGE_ROWS, SMALL_ROWS, plan_attention
 from kernels.draft_tree import hidden_keys
+from kernels.int8_attention import attend_int8
 from kernels.on_demand import triton_kernel
 from kernels.quantized_kv import Pages, QuantizedPages
 
@@ -39,8 +40,6 @@ def _attend_kernel(
     q,
     k_pages,
     v_pages,
-    k_scales,
-    v_scales,
     out,
     partial,
     partial_lse,
@@ -57,8 +56,6 @@ def _attend_kernel(
     k_stride_head,
     v_stride_page,
     v_stride_head,
-    scales_stride_page,
-    scales_stride_head,
     num_heads,
     head_dim,
     HEADS_PER_KV: tl.constexpr,
@@ -71,13 +68,11 @@ def _attend_kernel(
     TREES: tl.constexpr,
     SINKS: tl.constexpr,
     LOG2_E: tl.constexpr,
-    QUANTIZED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program per part and key/value head. `scale` includes log2(e): the one base here is 2.
 
-    Moves the keys and values of the part's range once, its queries once, and its result once. Of int8 pages the bytes
-    go into the products as they are: the scale of a key multiplies its score, that of a value its weight.
+    Moves the keys and values of the part's range once, its queries once, and its result once.
     """
     part = parts + tl.program_id(0) * 6
     kv_head = tl.program_id(1).to(tl.int64)
@@ -121,9 +116,6 @@ def _attend_kernel(
         at_k = page * k_stride_page + kv_head * k_stride_head + in_page
         keys = tl.load(k_pages + at_k[:, None] + column[None, :], mask=load_inside, other=0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
-        if QUANTIZED:
-            at_scale = page * scales_stride_page + kv_head * scales_stride_head + key % PAGE
-            scores = scores * tl.load(k_scales + at_scale, mask=key_inside, other=0.0)[None, :]
         if TREES:
             # Keys before the request's query tokens are seen, and of these the ones whose bits are set.
             place = key[None, :] - tree_start[:, None]
@@ -144,8 +136,6 @@ def _attend_kernel(
         total = total * decay + tl.sum(weights, axis=1)
         at_v = page * v_stride_page + kv_head * v_stride_head + in_page
         values = tl.load(v_pages + at_v[:, None] + column[None, :], mask=load_inside, other=0).to(queries.dtype)
-        if QUANTIZED:
-            weights = weights * tl.load(v_scales + at_scale, mask=key_inside, other=0.0)[None, :]
         acc = tl.dot(weights.to(queries.dtype), values, acc * decay[:, None], input_precision="ieee")
         best = new_best
 
@@ -231,7 +221,7 @@ def paged_attention_triton(
 
     Head dimensions 8 to 256, also ones that are no power of two; 1 to 16 query heads per key/value head; any page
     size, and any strides of pages, page heads, tokens and query heads. Partial results take float32 [T', N, D], where
-    T' counts a token once per part. Pages are of q's dtype, bfloat16, or quantised.
+    T' counts a token once per part. Pages are of q's dtype, bfloat16, or quantised (kernels.int8_attention).
     """
     check_attention(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
     check_sinks(sinks_N, q_TND)
@@ -248,18 +238,18 @@ def paged_attention_triton(
     partial = torch.empty((plan.num_slots, num_heads, head_dim), dtype=torch.float32, device=q_TND.device)
     partial_lse = torch.empty((plan.num_slots, num_heads), dtype=torch.float32, device=q_TND.device)
     block = max(16, 1 << (head_dim - 1).bit_length())
-    is_quantized = isinstance(k_pages_PKSD, QuantizedPages)
-    k_values, k_scales, scales_strides = _values_and_scales(k_pages_PKSD)
-    v_values, v_scales, _ = _values_and_scales(v_pages_PKSD)
     for parts, rows in ((plan.small_parts, SMALL_ROWS), (plan.large_parts, LARGE_ROWS)):
         if not len(parts):
             continue
+        if isinstance(k_pages_PKSD, QuantizedPages) and isinstance(v_pages_PKSD, QuantizedPages):
+            outputs = out_TND, partial, partial_lse
+            attend_int8(q_TND, k_pages_PKSD, v_pages_PKSD, outputs, plan, parts, rows, scale, window, sinks_N)
+            continue
+        assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)
         _attend_kernel[(len(parts), num_kv_heads)](
             q_TND,
-            k_values,
-            v_values,
-            k_scales,
-            v_scales,
+            k_pages_PKSD,
+            v_pages_PKSD,
             out_TND,
             partial,
             partial_lse,
@@ -272,11 +262,10 @@ def paged_attention_triton(
             window or 0,
             q_TND.stride(0),
             q_TND.stride(1),
-            k_values.stride(0),
-            k_values.stride(1),
-            v_values.stride(0),
-            v_values.stride(1),
-            *scales_strides,
+            k_pages_PKSD.stride(0),
+            k_pages_PKSD.stride(1),
+            v_pages_PKSD.stride(0),
+            v_pages_PKSD.stride(1),
             num_heads,
             head_dim,
             HEADS_PER_KV=num_heads // num_kv_heads,
@@ -289,9 +278,8 @@ def paged_attention_triton(
             TREES=plan.trees_T3 is not None,
             SINKS=sinks_N is not None,
             LOG2_E=LOG2_E,
-            QUANTIZED=is_quantized,
-            STAGES=stages_per_tile(rows, block, is_quantized, window, q_TND.device),
-            num_warps=warps_per_tile(rows, block, is_quantized, q_TND.device),
+            STAGES=stages_per_tile(block),
+            num_warps=warps_per_tile(rows, block),
         )
     if plan.num_slots:
         heads = max(1, min(1 << (num_heads - 1).bit_length(), MERGE_ELEMENTS // block))
@@ -314,13 +302,6 @@ def paged_attention_triton(
     return out_TND
 
 
-def _values_and_scales(pages: Pages) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Pages as the kernel takes them; pages that have no scales stand in for these, which are then not read."""
-    if isinstance(pages, QuantizedPages):
-        return pages.values_PKSD, pages.scales_PKS, pages.scales_PKS.stride()[:2]
-    return pages, pages, (0, 0)
-
-
 def keys_per_tile(rows: int, block: int, device: torch.device) -> int:
     """How many keys a program takes at once: half as many where their scores and values would not fit the registers.
 
@@ -330,32 +311,14 @@ def keys_per_tile(rows: int, block: int, device: torch.device) -> int:
     return KEYS_PER_TILE // 2 if is_tight else KEYS_PER_TILE
 
 
-def warps_per_tile(rows: int, block: int, is_quantized: bool, device: torch.device) -> int:
-    """4, or 8 where the registers of 4 do not hold a large tile.
-
-    That is above 128 dimensions; and, found by compiling for sm_80, for int8 keys of 128 before Hopper. On AMD's it is
-    the other way round: there 8 do not hold int8 keys.
-    """
-    if is_quantized and is_amd(device):
-        return 4
-    is_tight = block > 128 or (is_quantized and block == 128 and not is_hopper(device))
-    return 8 if rows == LARGE_ROWS and is_tight else 4
+def warps_per_tile(rows: int, block: int) -> int:
+    """4, or 8 above 128 dimensions, where the registers of 4 do not hold a large tile."""
+    return 8 if rows == LARGE_ROWS and block > 128 else 4
 
 
-def stages_per_tile(rows: int, block: int, is_quantized: bool, window: int | None, device: torch.device) -> int:
-    """How many tiles of keys are on their way at once: 3, or fewer where the registers do not hold what that takes.
-
-    That is above 128 dimensions; and, found by compiling, for int8 keys of 64 behind a window (sm_100) and for large
-    tiles of int8 keys (gfx942).
-    """
-    if is_quantized and rows == LARGE_ROWS and is_amd(device):
-        return 1
-    return 2 if block > 128 or (is_quantized and block == 64 and window is not None) else 3
-
-
-def is_amd(device: torch.device) -> bool:
-    """A GPU of AMD's, which torch also calls cuda."""
-    return device.type == "cuda" and torch.version.hip is not None
+def stages_per_tile(block: int) -> int:
+    """How many tiles of keys are on their way at once: 3, or 2 where the registers do not hold what that takes."""
+    return 2 if block > 128 else 3
 
 
 def is_hopper(device: torch.device) -> bool:

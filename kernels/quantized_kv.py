@@ -3,9 +3,17 @@
     q[t, k, d] = floor(x / s + 1/2),    s[t, k] = max_d |x[t, k, d]| / 127
 
 One scale per token and head, so a token's bytes depend on nothing but itself: pages are the same however a prompt was
-cut into steps. An error is at most s / 2. The Triton attention kernel reads such pages itself (kernels.paged_attention:
-the scale of a key multiplies its score, that of a value its weight). A CPU reads a step's pages into dense ones of the
-activations' dtype and attends to these, a bounded number of bytes at a time.
+cut into steps. An error is at most s / 2.
+
+A GPU's pages hold q + 128 in pairs, two bytes of a 16-bit unit, as its attention wants them at one place
+(kernels.int8_attention): of keys, dimensions d and d + D/2 of a slot; of values, slots s and s + S/2 of a dimension.
+Within a head of a page, slot s and dimension d have byte
+
+    of keys   s D + 2 (d mod D/2) + d div D/2,        of values   2 (D (s mod S/2) + d) + s div S/2
+
+A CPU's pages hold q itself by slot and dimension: it reads a step's pages into dense ones of the activations' dtype, a
+bounded number of bytes at a time, which is vector instructions on bytes that lie in order and would be single ones on
+pairs. What is here in torch takes pages of either kind.
 
 Shape letters as in kernels/attention_batch.py.
 """
@@ -15,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,56 +46,126 @@ DENSE_BYTES = 128 << 20
 
 
 class QuantizedPages:
-    """Pages of keys or of values: int8 [P, K, S, D] and a float32 scale for each of [P, K, S].
+    """Pages of keys or of values: a byte for each of [P, K, S, D] and a float32 scale for each of [P, K, S].
 
-    Indexing by page, head and slot gives, or replaces, values and scales together, as it does for a tensor of pages.
+    pairs: of what a 16-bit unit of `values` holds two. Pages and heads may have any strides, a head's page has none.
+
+    - None: `values` are q, int8 [P, K, S, D];
+    - "dims": int16 [P, K, S, D/2], which are keys;
+    - "slots": int16 [P, K, S/2, D], which are values.
     """
 
-    def __init__(self, values_PKSD: Tensor, scales_PKS: Tensor) -> None:
-        self.values_PKSD, self.scales_PKS = values_PKSD, scales_PKS
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.values_PKSD.shape
+    def __init__(self, values: Tensor, scales_PKS: Tensor, pairs: str | None = None) -> None:
+        self.values, self.scales_PKS, self.pairs = values, scales_PKS, pairs
+        page_bytes = values.shape[2] * values.shape[3] * values.itemsize
+        self.shape = torch.Size((*scales_PKS.shape, page_bytes // scales_PKS.shape[2]))
 
     @property
     def device(self) -> torch.device:
-        return self.values_PKSD.device
+        return self.values.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.values_PKSD.dtype
+        return torch.int8
 
-    def __getitem__(self, index: Any) -> Any:
-        return QuantizedPages(self.values_PKSD[index], self.scales_PKS[index])
+    def by_plane(self) -> Tensor:
+        """The paired bytes as a view whose elements come in the order of slots and dimensions: uint8 [P, K, S, 2, D/2]
+        of keys, [P, K, 2, S/2, D] of values."""
+        pairs = self.values.view(torch.uint8).unflatten(3, (self.values.shape[3], 2))
+        return pairs.movedim(4, 3 if self.pairs == "dims" else 2)
 
-    def __setitem__(self, index: Any, new: Any) -> None:
-        """`new` is other pages, or 0."""
-        if isinstance(new, QuantizedPages):
-            self.values_PKSD[index], self.scales_PKS[index] = new.values_PKSD, new.scales_PKS
-        elif isinstance(new, int) and new == 0:
-            self.values_PKSD[index], self.scales_PKS[index] = 0, 0.0
+    def read(self, chosen: Tensor) -> Tensor:
+        """The numbers that some pages stand for, float32 [pages, K, S, D], laid out as a CPU's pages are."""
+        # index_select wants the pages in front of nothing but heads, where a CPU's have them.
+        if self.pairs is None:
+            q_KPSD = self.values.transpose(0, 1).index_select(1, chosen).float()
         else:
-            raise ValueError(
-                f"quantised pages can be set to other quantised pages or to 0, not to {type(new).__name__}"
-            )
+            q_KPSD = self.by_plane().transpose(0, 1).index_select(1, chosen).float().flatten(2).sub_(128)
+        scales_KPS = self.scales_PKS.transpose(0, 1).index_select(1, chosen)
+        return q_KPSD.view(*scales_KPS.shape, -1).mul_(scales_KPS.unsqueeze(-1)).transpose(0, 1)
 
     def dequantize(self) -> Tensor:
-        """The numbers that the pages stand for, float32 [P, K, S, D]."""
-        return self.values_PKSD.float() * self.scales_PKS.unsqueeze(-1)
+        """The numbers that all pages stand for, float32 [P, K, S, D]."""
+        return self.read(torch.arange(self.shape[0], device=self.device))
+
+    def write(self, q_TKD: Tensor, scales_TK: Tensor, slots_T: Tensor) -> None:
+        """Put int8 numbers and their scales into slots, in place."""
+        num_pages, num_kv_heads, page_size, head_dim = self.shape
+        page, slot = slots_T // page_size, slots_T % page_size
+        if self.pairs is not None:
+            bytes_TKD = (q_TKD.int() + 128).to(torch.uint8)
+            if self.pairs == "dims":
+                self.by_plane()[page, :, slot] = bytes_TKD.unflatten(2, (2, head_dim // 2))
+            else:
+                self.by_plane()[page, :, slot // (page_size // 2), slot % (page_size // 2)] = bytes_TKD
+            self.scales_PKS[page, :, slot] = scales_TK
+            return
+        values_KCD = self.values.transpose(0, 1).view(num_kv_heads, num_pages * page_size, head_dim)
+        scales_KC = self.scales_PKS.transpose(0, 1).view(num_kv_heads, num_pages * page_size)
+        values_KCD.index_copy_(1, slots_T, q_TKD.transpose(0, 1))
+        scales_KC.index_copy_(1, slots_T, scales_TK.transpose(0, 1))
+
+    def copy_slots(self, source: int, target: int, num_slots: int) -> None:
+        """Copy the first slots of a page to another page."""
+        self.scales_PKS[target, :, :num_slots] = self.scales_PKS[source, :, :num_slots]
+        if self.pairs != "slots":
+            self.values[target, :, :num_slots] = self.values[source, :, :num_slots]
+            return
+        by_plane, half = self.by_plane(), self.shape[2] // 2
+        for plane, num in enumerate((min(num_slots, half), num_slots - half)):
+            if num > 0:
+                by_plane[target, :, plane, :num] = by_plane[source, :, plane, :num]
+
+    def clear_slots(self, pages: int | list[int], first: int = 0) -> None:
+        """Let slots from `first` on stand for zeros. Bytes stay, as any is a number; only a scale may be none."""
+        self.scales_PKS[pages, :, first:] = 0.0
 
 
 Pages = Tensor | QuantizedPages
 
 
+def copy_slots(pages: Pages, source: int, target: int, num_slots: int) -> None:
+    """Copy the first slots of page `source` to page `target`, in all heads."""
+    if isinstance(pages, QuantizedPages):
+        pages.copy_slots(source, target, num_slots)
+    else:
+        pages[target, :, :num_slots] = pages[source, :, :num_slots]
+
+
+def clear_slots(pages: Pages, chosen: int | list[int], first: int = 0) -> None:
+    """Zero the slots from `first` on of a page or of several, in all heads."""
+    if isinstance(pages, QuantizedPages):
+        pages.clear_slots(chosen, first)
+    else:
+        pages[chosen, :, first:] = 0
+
+
 def new_quantized_pages(
-    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, device: torch.device
+    num_pages: int,
+    num_kv_heads: int,
+    page_size: int,
+    head_dim: int,
+    device: torch.device,
+    in_pairs: bool | None = None,
 ) -> tuple[QuantizedPages, QuantizedPages]:
-    """Allocate zeroed key and value pages of one layer, laid out as `new_kv_pages` does on this device."""
-    values = new_kv_pages(num_pages, num_kv_heads, page_size, head_dim, torch.int8, device)
+    """Allocate key and value pages of one layer that stand for zeros, laid out as `new_kv_pages` does on this device.
+
+    in_pairs: whether bytes lie in 16-bit units; None: as the device's attention reads them. ValueError where they must
+    and an odd number of slots or dimensions has no pairs.
+    """
+    if in_pairs is None:
+        in_pairs = device.type == "cuda"
     scales = new_kv_pages(num_pages, num_kv_heads, page_size, 1, torch.float32, device)
-    k_pages, v_pages = (QuantizedPages(x_PKSD, s_PKS1.squeeze(-1)) for x_PKSD, s_PKS1 in zip(values, scales))
-    return k_pages, v_pages
+    k_scales_PKS, v_scales_PKS = (scale_PKS1.squeeze(-1) for scale_PKS1 in scales)
+    if not in_pairs:
+        k, v = new_kv_pages(num_pages, num_kv_heads, page_size, head_dim, torch.int8, device)
+        return QuantizedPages(k, k_scales_PKS), QuantizedPages(v, v_scales_PKS)
+    for name, value in (("page_size", page_size), ("the head dimension", head_dim)):
+        if value % 2:
+            raise ValueError(f"int8 pages: {name} is {value}; on a GPU it must be even, as two bytes share a unit")
+    units, _ = new_kv_pages(num_pages, num_kv_heads, page_size, head_dim // 2, torch.int16, device)
+    other, _ = new_kv_pages(num_pages, num_kv_heads, page_size // 2, head_dim, torch.int16, device)
+    return QuantizedPages(units, k_scales_PKS, "dims"), QuantizedPages(other, v_scales_PKS, "slots")
 
 
 def quantize(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,12 +184,39 @@ def write_quantized_kv_cpu(
     """Quantise and write in place, in torch. Pages as new_quantized_pages lays them out on a CPU."""
     check_kv_shapes(k_TKD, v_TKD, k_pages.shape, v_pages.shape, slots_T)
     for x_TKD, pages in ((k_TKD, k_pages), (v_TKD, v_pages)):
-        num_pages, num_kv_heads, page_size, head_dim = pages.shape
-        q_TKD, scale_TK = quantize(x_TKD)
-        values_KCD = pages.values_PKSD.transpose(0, 1).view(num_kv_heads, num_pages * page_size, head_dim)
-        scales_KC = pages.scales_PKS.transpose(0, 1).view(num_kv_heads, num_pages * page_size)
-        values_KCD.index_copy_(1, slots_T, q_TKD.transpose(0, 1))
-        scales_KC.index_copy_(1, slots_T, scale_TK.transpose(0, 1))
+        pages.write(*quantize(x_TKD), slots_T)
+
+
+@triton_kernel
+def quantizer(largest, spoilt, smallest):
+    """What multiplies a head's numbers, and its scale: from the largest |x| and the sum of its x * 0.
+
+    `smallest` is SMALLEST. Where a head is not finite its scale is NaN, so that it stays seen.
+    """
+    factor = tl.where(largest > smallest, 127.0 / tl.maximum(largest, smallest), 0.0)
+    return factor, largest / 127.0 + spoilt
+
+
+@triton_kernel
+def to_bytes(numbers, factor):
+    """uint8: q + 128 of float32 numbers; of what is not finite 128 rather than undefined."""
+    rounded = tl.floor(numbers * factor + 0.5)
+    rounded = tl.where(rounded == rounded, rounded, 0.0)
+    return (rounded + 128.0).to(tl.uint8)
+
+
+@triton_kernel
+def key_byte(slot, dimension, head_dim):
+    """Where in a head's page a key's byte lies; slot: in its page."""
+    half = head_dim // 2
+    return slot * head_dim + 2 * (dimension % half) + dimension // half
+
+
+@triton_kernel
+def value_byte(slot, dimension, head_dim, page_size):
+    """Where in a head's page a value's byte lies; slot: in its page."""
+    half = page_size // 2
+    return 2 * (slot % half * head_dim + dimension) + slot // half
 
 
 @triton_kernel
@@ -130,10 +235,14 @@ def _write_quantized_kernel(
     num_heads,
     head_dim,
     smallest,
+    IS_KEYS: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per token and HEADS heads. Reads each key (or value) once, writes its byte and its head's scale."""
+    """One program per token and HEADS heads. Reads each key (or value) once, writes its byte and its head's scale.
+
+    values: uint8, and their strides in bytes.
+    """
     token = tl.program_id(0).to(tl.int64)
     head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -142,51 +251,59 @@ def _write_quantized_kernel(
         return
     head_inside = head < num_heads
     inside = head_inside[:, None] & (column < head_dim)[None, :]
-    page, offset = slot // page_size, slot % page_size
+    page, in_page = slot // page_size, (slot % page_size).to(tl.int32)
     at_x = x + token * x_stride_token + head[:, None] * x_stride_head + column[None, :]
     numbers = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(numbers), axis=1)
-    factor = tl.where(largest > smallest, 127.0 / tl.maximum(largest, smallest), 0.0)
-    rounded = tl.floor(numbers * factor[:, None] + 0.5)
-    # A head that is not finite shall be seen: its scale becomes NaN, and its bytes 0 rather than undefined.
-    scale = largest / 127.0 + tl.sum(numbers * 0.0, axis=1)
-    rounded = tl.where(rounded == rounded, rounded, 0.0)
-    at_values = values + page * values_stride_page + head[:, None] * values_stride_head + offset * head_dim
-    tl.store(at_values + column[None, :], rounded.to(tl.int8), mask=inside)
-    tl.store(scales + page * scales_stride_page + head * scales_stride_head + offset, scale, mask=head_inside)
+    factor, scale = quantizer(tl.max(tl.abs(numbers), axis=1), tl.sum(numbers * 0.0, axis=1), smallest)
+    byte = key_byte(in_page, column, head_dim) if IS_KEYS else value_byte(in_page, column, head_dim, page_size)
+    at_head = values + page * values_stride_page + head[:, None] * values_stride_head
+    tl.store(at_head + byte[None, :], to_bytes(numbers, factor[:, None]), mask=inside)
+    tl.store(scales + page * scales_stride_page + head * scales_stride_head + in_page, scale, mask=head_inside)
 
 
 def write_quantized_kv_triton(
     k_TKD: Tensor, v_TKD: Tensor, k_pages: QuantizedPages, v_pages: QuantizedPages, slots_T: Tensor
 ) -> None:
-    """Quantise and write in place; a slot of -1 writes nothing. Any head dimension, number of heads, page size and
-    strides of pages and heads."""
+    """Quantise and write in place; a slot of -1 writes nothing. Any even head dimension and page size, any number of
+    heads and strides of pages and heads; pages hold pairs."""
     check_kv_shapes(k_TKD, v_TKD, k_pages.shape, v_pages.shape, slots_T)
+    check_pairs(k_pages, v_pages)
     num_tokens, num_heads, head_dim = k_TKD.shape
     if not num_tokens:
         return
     block = 1 << (head_dim - 1).bit_length()
     heads = max(1, min(1 << (num_heads - 1).bit_length(), 1024 // block))
     for x_TKD, pages in ((k_TKD, k_pages), (v_TKD, v_pages)):
+        page_bytes = pages.values.view(torch.uint8)
         _write_quantized_kernel[(num_tokens, -(-num_heads // heads))](
             x_TKD,
-            pages.values_PKSD,
+            page_bytes,
             pages.scales_PKS,
             slots_T,
             x_TKD.stride(0),
             x_TKD.stride(1),
-            pages.values_PKSD.stride(0),
-            pages.values_PKSD.stride(1),
+            page_bytes.stride(0),
+            page_bytes.stride(1),
             pages.scales_PKS.stride(0),
             pages.scales_PKS.stride(1),
             pages.shape[2],
             num_heads,
             head_dim,
             SMALLEST,
+            IS_KEYS=pages.pairs == "dims",
             HEADS=heads,
             BLOCK=block,
             num_warps=4,
         )
+
+
+def check_pairs(k_pages: QuantizedPages, v_pages: QuantizedPages) -> None:
+    """Refuse pages that Triton's kernels cannot read: a CPU's."""
+    for name, pages, wanted in (("k", k_pages, "dims"), ("v", v_pages, "slots")):
+        if pages.pairs != wanted:
+            raise ValueError(
+                f"int8 pages: {name} pages hold pairs of {pages.pairs}; Triton's kernels read pairs of {wanted}"
+            )
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, AttentionBatch, float, int | None, Tensor | None], Tensor]
@@ -236,9 +353,7 @@ def _read_pages(pages: Pages, chosen: Tensor, dtype: torch.dtype) -> Tensor:
     """Some pages as a dense tensor [P, K, S, D] in a CPU's layout."""
     if isinstance(pages, Tensor):
         return pages.transpose(0, 1).index_select(1, chosen).to(dtype).transpose(0, 1)
-    values_KPSD = pages.values_PKSD.transpose(0, 1).index_select(1, chosen).float()
-    scales_KPS = pages.scales_PKS.transpose(0, 1).index_select(1, chosen)
-    return values_KPSD.mul_(scales_KPS.unsqueeze(-1)).to(dtype).transpose(0, 1)
+    return pages.read(chosen).to(dtype)
 
 
 def _cut(batch: AttentionBatch, max_pages: int) -> list[_Piece]:

@@ -97,7 +97,7 @@ def test_a_token_takes_a_byte_per_number_and_a_scale_per_head(make_engine, tiny_
             t.nbytes
             for pair in pages
             for x in pair
-            for t in ([x] if isinstance(x, torch.Tensor) else [x.values_PKSD, x.scales_PKS])
+            for t in ([x] if isinstance(x, torch.Tensor) else [x.values, x.scales_PKS])
         )
         assert size == 5 * 8 * engine.decoder.kv_bytes_per_token
     bounded = {

@@ -5,6 +5,7 @@ CUDA's own capture is tested here: buffers that stay, padding, plans, and which 
 """
 
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from actors.engine import Engine
 from actors.requests import Request, SamplingParams
 from kernels.paged_attention import paged_attention_triton
 from kernels.qkv import norm_rope_write_kv_triton, split_heads
-from kernels.quantized_kv import write_quantized_kv_triton
+from kernels.quantized_kv import new_quantized_pages, write_quantized_kv_triton
 from kernels.rope import rope_triton
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here (it is on Linux)")
@@ -54,6 +55,7 @@ def go_through_triton(monkeypatch):
 
     monkeypatch.setattr(decoder_file, "paged_attention", attend)
     monkeypatch.setattr(decoder_file, "norm_rope_write_kv", norm_rope_write)
+    monkeypatch.setattr(decoder_file, "new_quantized_pages", partial(new_quantized_pages, in_pairs=True))
 
 
 def assert_captured_steps_answer_alike(model, tokenizer, monkeypatch, max_tokens, **settings):
@@ -65,8 +67,8 @@ def assert_captured_steps_answer_alike(model, tokenizer, monkeypatch, max_tokens
         model=str(model), tokenizer=str(tokenizer), device=DEVICE.type, dtype="float32", enforce_eager=True, **settings
     )
     expected = answer(Engine(config))
-    engine = Engine(config)
     go_through_triton(monkeypatch)
+    engine = Engine(config)
     engine._runner.capture_graphs(config.max_num_seqs, file.capture_cuda_graph() if DEVICE.type == "cuda" else keep)
     assert answer(engine) == expected
     return engine._runner._graphs

@@ -147,7 +147,7 @@ def fill_pages(
     sizes = (num_pages, shape.num_kv_heads, shape.page_size, shape.head_dim)
     pages: tuple[Pages, Pages]
     if shape.kv == "int8":
-        pages = new_quantized_pages(*sizes, device)
+        pages = new_quantized_pages(*sizes, device, in_pairs=place != "cpu")
     else:
         k, v = new_kv_pages(*sizes, dtype, device)
         # The interpreter's memory is a CPU's, but the kernel's layout is the GPU's.

@@ -130,26 +130,23 @@ def write(place: str, num_tokens: int, dtype: torch.dtype, device: torch.device,
     num_pages = -(-num_tokens // 16) + 4
     slots = torch.randperm(num_pages * 16, generator=torch.Generator().manual_seed(0))[:num_tokens].to(device)
 
-    def new_pages(device: torch.device) -> tuple[Any, Any]:
+    def new_pages(device: torch.device, in_pairs: bool) -> tuple[Any, Any]:
         if to_int8:
-            return kernels.quantized_kv.new_quantized_pages(num_pages, 8, 16, 128, device)
+            return kernels.quantized_kv.new_quantized_pages(num_pages, 8, 16, 128, device, in_pairs)
         new_k, new_v = new_kv_pages(num_pages, 8, 16, 128, dtype, device)
         return new_k.contiguous(), new_v.contiguous()
 
-    pages = new_pages(device)
+    pages = new_pages(device, place != "cpu")
 
     def check() -> bool:
         """Written in torch on the CPU, bit for bit."""
-        expected = new_pages(torch.device("cpu"))
+        expected = new_pages(torch.device("cpu"), False)
         in_torch = kernels.quantized_kv.write_quantized_kv_cpu if to_int8 else kernels.kv_cache.write_kv_cpu
         in_torch(k.cpu(), v.cpu(), *expected, slots.cpu())
         run(k, v, *pages, slots)
         if not to_int8:
             return all(torch.equal(got.cpu(), want) for got, want in zip(pages, expected))
-        return all(
-            torch.equal(got.values_PKSD.cpu(), want.values_PKSD) and torch.equal(got.scales_PKS.cpu(), want.scales_PKS)
-            for got, want in zip(pages, expected)
-        )
+        return all(torch.equal(got.dequantize().cpu(), want.dequantize()) for got, want in zip(pages, expected))
 
     written = k.numel() * 2 + num_tokens * 8 * 4 * 2 if to_int8 else 2 * k.nbytes
     page, offset = slots // 16, slots % 16
