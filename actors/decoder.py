@@ -108,8 +108,10 @@ class Decoder:
         self._cos_LR, self._sin_LR = rope_tables(checkpoint.config, max_model_len, self.dtype, self.device)
 
     def new_kv(self, num_pages: int, page_size: int) -> KVPages:
-        """Allocate zeroed pages for all layers. ValueError if they cannot be attended to deterministically and must, and
-        for int8 pages of an odd number of slots on a GPU."""
+        """Allocate zeroed pages for all layers.
+
+        ValueError if they cannot be attended to deterministically and must, and for odd int8 pages on a GPU.
+        """
         if self.deterministic:
             check_fixed_order_attention(self.head_dim, page_size, self.dtype, self.device)
         shape = num_pages, self.num_kv_heads, page_size, self.head_dim
