@@ -40,12 +40,16 @@ from pipeline.results import ShardMetrics, publish_answers
 from pipeline.shards import Shard
 from pipeline.shared_slices import Kept, read_shared_slices
 from pipeline.slice_load import slice_loads, token_prices
+from pipeline.slice_objects import SliceObjects
 from pipeline.slice_runner import RunSpec, found_slice, min_actors
 from pipeline.slices import SliceName, list_slices
 
 MERGE_ROWS = 100_000
-"""Shards that are complete at the same time are merged together, up to so many rows: each has rows in most slices,
-which are then read once for all of them."""
+"""Shards that are complete at the same time are put together from their slices at once, up to so many rows: each has
+rows in most slices."""
+
+PASS_ROWS = 2_000_000
+"""So many rows, at most, are merged in one task, which asks the store for each slice once."""
 
 FOUND_AT_ONCE = 64
 """Footers of slices that were published before are read so many at a time; then signals and clocks are seen."""
@@ -113,16 +117,24 @@ def _published(manifest: CorpusManifest, to_do: Sequence[Shard]) -> list[str]:
 
 @ray.remote(num_cpus=0, max_retries=2)
 def merge_corpus_task(
-    spec: RunSpec, shards: list[Shard], paths: list[str], kept: dict[str, Kept]
+    spec: RunSpec, shards: list[Shard], sizes: dict[str, int], kept: dict[str, Kept]
 ) -> list[ShardMetrics | ShardFailed]:
     """Publish these shards from all slices with rows of theirs; what concerns some only is returned, not raised.
 
-    kept: of `read_shared_slices`.
+    sizes: of the slices' objects, by path, in order. kept: of `read_shared_slices`.
     """
+    groups = group_by_rows(shards, MERGE_ROWS)
+    with SliceObjects(spec.output, sizes, are_read_again=len(groups) > 1) as objects:
+        return [done for group in groups for done in _merge_group(spec, group, objects, list(sizes), kept)]
+
+
+def _merge_group(
+    spec: RunSpec, shards: list[Shard], objects: SliceObjects, paths: list[str], kept: dict[str, Kept]
+) -> list[ShardMetrics | ShardFailed]:
     started = time.perf_counter()
     try:
         names = [shard.name for shard in shards]
-        answers = read_shared_slices(spec.job.answer_shape, spec.output, paths, names, kept)
+        answers = read_shared_slices(spec.job.answer_shape, spec.output, paths, names, kept, objects)
     except ShardFault as error:
         return [ShardFailed(shard.name, str(error)) for shard in shards]
     done: list[ShardMetrics | ShardFailed] = []
@@ -134,6 +146,19 @@ def merge_corpus_task(
             done.append(ShardFailed(shard.name, str(error)))
         started = time.perf_counter()
     return done
+
+
+def group_by_rows(shards: Iterable[Shard], max_rows: int) -> list[list[Shard]]:
+    """Shards in groups of at most so many rows together, in order; one that has more is a group of its own."""
+    groups: list[list[Shard]] = []
+    num_rows = 0
+    for shard in shards:
+        if not groups or num_rows + shard.num_rows > max_rows:
+            groups.append([])
+            num_rows = 0
+        groups[-1].append(shard)
+        num_rows += shard.num_rows
+    return groups
 
 
 class CorpusRun:
@@ -152,6 +177,8 @@ class CorpusRun:
         self._num_published = 0
         self._found: list[int] = []
         self._heard = np.zeros(0, bool)
+        self._num_bytes = np.zeros(0, np.int64)
+        self._carried_bytes: dict[str, int] = {}
         self._countdown: Countdown | None = None
         self._planner: CorpusPlanner | None = None
         self._ready: deque[Shard] = deque()
@@ -202,6 +229,7 @@ class CorpusRun:
             remove_other_plans(self._spec.output, manifest)
         self._countdown = Countdown(manifest, _published(manifest, self.to_do))
         self._heard = np.zeros(len(manifest.slices), bool)
+        self._num_bytes = np.zeros(len(manifest.slices), np.int64)
         self._ready.extend(self._to_do[name] for name in self._countdown.empty_shards())
         needed = self._countdown.slices_to_do()
         self._found = [index for index in needed if slice_path(manifest, index) in self._slices]
@@ -227,12 +255,14 @@ class CorpusRun:
         with ThreadPoolExecutor(FOUND_AT_ONCE) as pool:
             carried = self._carried_to_do()
             for start in range(0, len(carried), FOUND_AT_ONCE):
-                yield from pool.map(self._found_carried, carried[start : start + FOUND_AT_ONCE])
+                for event in pool.map(self._found_carried, carried[start : start + FOUND_AT_ONCE]):
+                    self._carried_bytes[event.path] = event.size_bytes
+                    yield event
             for start in range(0, len(names), FOUND_AT_ONCE):
                 part = names[start : start + FOUND_AT_ONCE]
                 for event in pool.map(partial(found_slice, self._spec.output, CORPUS), part):
                     yield event
-                    self._hear(event.index)
+                    self._hear(event)
 
     def _found_carried(self, one: CarriedSlice) -> SliceDone:
         """The event of a slice of an earlier plan, as if it had no rows of shards that changed since."""
@@ -260,25 +290,21 @@ class CorpusRun:
         elif isinstance(event, SliceDone):
             if not self._heard[event.index]:
                 yield event
-                self._hear(event.index)
+                self._hear(event)
         else:
             yield event
 
-    def take_ready(self) -> tuple[list[Shard], list[str], dict[str, Kept]] | None:
-        """Shards that have all their slices, to be merged together: what `merge_corpus_task` takes; None if there are
-        none."""
-        shards: list[Shard] = []
-        num_rows = 0
-        while self._ready and (not shards or num_rows + self._ready[0].num_rows <= MERGE_ROWS):
-            shards.append(self._ready.popleft())
-            num_rows += shards[-1].num_rows
-        if not shards:
-            return None
-        assert self._countdown is not None and self.manifest is not None
-        indices = sorted({index for shard in shards for index in self._countdown.slices_of(shard.name)})
-        before = sorted({path for shard in shards for path in self._carried_paths.get(shard.name, [])})
-        paths = [*before, *(slice_path(self.manifest, index) for index in indices)]
-        return shards, paths, {path: self._kept[path] for path in before}
+    def take_ready(self, num_tasks: int) -> Iterator[tuple[list[Shard], dict[str, int], dict[str, Kept]]]:
+        """Shards that have all their slices: what each `merge_corpus_task` takes, of which `num_tasks` run at once."""
+        shards, self._ready = list(self._ready), deque()
+        even = -(-sum(shard.num_rows for shard in shards) // num_tasks)
+        for together in group_by_rows(shards, min(PASS_ROWS, max(MERGE_ROWS, even))):
+            assert self._countdown is not None and self.manifest is not None
+            indices = sorted({index for shard in together for index in self._countdown.slices_of(shard.name)})
+            before = sorted({path for shard in together for path in self._carried_paths.get(shard.name, [])})
+            sizes = {path: self._carried_bytes.get(path, 0) for path in before}
+            sizes |= {slice_path(self.manifest, index): int(self._num_bytes[index]) for index in indices}
+            yield together, sizes, {path: self._kept[path] for path in before}
 
     def finish_shard(self, done: ShardMetrics | ShardFailed) -> Event:
         """A shard was merged: slices that no other shard waits for may go."""
@@ -301,8 +327,9 @@ class CorpusRun:
         for index in self.to_answer():
             name = self.manifest.slice_name(index)
             if self._spec.output.exists(name.path(CORPUS)):
-                yield found_slice(self._spec.output, CORPUS, name)
-                self._hear(index)
+                found = found_slice(self._spec.output, CORPUS, name)
+                yield found
+                self._hear(found)
             else:
                 missing.append(index)
         for index in missing:
@@ -316,10 +343,11 @@ class CorpusRun:
         if self._num_published == len(self._to_do):
             remove_plans(self._spec.output)
 
-    def _hear(self, index: int) -> None:
+    def _hear(self, event: SliceDone) -> None:
         assert self._countdown is not None
-        self._heard[index] = True
-        complete = self._countdown.finish(index)
+        self._heard[event.index] = True
+        self._num_bytes[event.index] = event.size_bytes
+        complete = self._countdown.finish(event.index)
         self._ready.extend(self._to_do[name] for name in complete if name not in self._failed)
 
     def _fail(self, shards: Sequence[str], reason: str) -> Iterator[Event]:

@@ -60,7 +60,7 @@ class SliceFailed:
 class SliceDone:
     """A slice is published, by this run or (`is_new` false) before. Token counts are of computed rows, those of drafts
     of all that the worker did meanwhile; `rows` counts folded ones too. by_shard: of a corpus plan's slice, rows and
-    error rows of each shard."""
+    error rows of each shard. size_bytes: of its object."""
 
     shard: str
     is_new: bool
@@ -84,6 +84,7 @@ class SliceDone:
     num_verify_steps: int = 0
     notes: list[str] = field(default_factory=list)
     by_shard: dict[str, list[int]] = field(default_factory=dict)
+    size_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

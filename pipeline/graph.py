@@ -299,8 +299,7 @@ class Graph:
         self._take_ready(self._corpus)
 
     def _take_ready(self, corpus: CorpusRun) -> None:
-        while (ready := corpus.take_ready()) is not None:
-            self._ready.append(ready)
+        self._ready.extend(corpus.take_ready(self._max_merges))
 
     def _is_ready(self, shard: Shard) -> bool:
         """Whether only the merge is missing. Finding that out needs no plan, so no model is loaded for it."""

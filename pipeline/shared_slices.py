@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from pipeline.drafts import DraftCounts, DrafterCount
 from pipeline.parquet import METADATA_KEY, ParquetBuffer
 from pipeline.prefix_plan import ROW_BITS, Slice
 from pipeline.shards import ShardError
+from pipeline.slice_objects import SliceObjects
 from pipeline.slices import FOOTER_THREADS, SliceName, SliceTimes, slice_schema, times_of
 from pipeline.storage import FileInfo, Storage
 
@@ -85,16 +86,22 @@ def read_shared_slices(
     slice_paths: Sequence[str],
     shards: Sequence[str],
     kept: Mapping[str, Kept] = MappingProxyType({}),
+    objects: SliceObjects | None = None,
 ) -> dict[str, tuple[pa.Table, list[SliceTimes]]]:
     """For each of these shards: the answers to its rows in all these slices as one table, and its share of their times.
 
-    kept: of slices of earlier plans, by path; what a device did for lost shards is lost time of the others. Opens each
-    slice once, whatever the number of shards: a footer, and the row groups in which one of them has rows. ShardError if
-    a slice is damaged, which is then removed.
+    kept: of slices of earlier plans, by path; what a device did for lost shards is lost time of the others. objects:
+    opens the slices, where their sizes are known. Opens each once, whatever the number of shards: a footer, and the row
+    groups in which one of them has rows. ShardError if a slice is damaged, which is then removed.
     """
-    wanted = frozenset(shards)
+    wanted, objects = frozenset(shards), objects or SliceObjects(output, {})
+
+    def read_one(path: str) -> dict[str, tuple[pa.Table, SliceTimes]]:
+        with _removed_if_damaged(output, path), objects.open(path) as source:
+            return _read_one(sampling, source, wanted, kept.get(path))
+
     with ThreadPoolExecutor(FOOTER_THREADS) as pool:
-        parts = list(pool.map(lambda path: _read_one(sampling, output, path, wanted, kept.get(path)), slice_paths))
+        parts = list(pool.map(read_one, slice_paths))
     empty = slice_schema(sampling).empty_table()
     read: dict[str, tuple[pa.Table, list[SliceTimes]]] = {}
     for shard in shards:
@@ -234,22 +241,20 @@ def _group_shards(num_rows: Sequence[int]) -> list[int]:
 
 
 def _read_one(
-    sampling: SamplingParams, output: Storage, path: str, wanted: frozenset[str], kept: Kept | None = None
+    sampling: SamplingParams, source: BinaryIO, wanted: frozenset[str], kept: Kept | None = None
 ) -> dict[str, tuple[pa.Table, SliceTimes]]:
     schema = slice_schema(sampling)
-    with _removed_if_damaged(output, path):
-        with output.open_input(path) as source:
-            file = pq.ParquetFile(source, pre_buffer=True)
-            own = json.loads((file.metadata.metadata or {})[METADATA_KEY])
-            shards = own["shards"]
-            if kept is not None:
-                wanted &= kept.shards
-            numbers = [number for number, name in enumerate(shards["names"]) if name in wanted]
-            if not numbers:
-                return {}
-            table = file.read_row_groups(sorted({shards["groups"][number] for number in numbers}))
-        shard_N = table["shard"].to_numpy()
-        table = table.select(schema.names).cast(schema)
+    file = pq.ParquetFile(source, pre_buffer=True)
+    own = json.loads((file.metadata.metadata or {})[METADATA_KEY])
+    shards = own["shards"]
+    if kept is not None:
+        wanted &= kept.shards
+    numbers = [number for number, name in enumerate(shards["names"]) if name in wanted]
+    if not numbers:
+        return {}
+    table = file.read_row_groups(sorted({shards["groups"][number] for number in numbers}))
+    shard_N = table["shard"].to_numpy()
+    table = table.select(schema.names).cast(schema)
     # A slice of nothing but error rows has taken no time on the device: what it took besides is split by rows.
     seconds, own_rows = shards["device_seconds"], shards["own_rows"]
     weights, lost_s = _bequeath(shards["names"], seconds if sum(seconds) > 0 else own_rows, seconds, kept)

@@ -34,7 +34,7 @@ from pipeline.saved_index import SavedIndex
 from pipeline.shards import ShardError
 from pipeline.shared_slices import publish_shared_slice
 from pipeline.slices import SliceName, SliceTimes, publish_slice, slice_table
-from pipeline.storage import Storage, StorageError
+from pipeline.storage import FileInfo, Storage, StorageError
 
 _SUMS = (
     "prompt_tokens",
@@ -161,7 +161,7 @@ class SliceRunner:
         times = self._times(slice_, attempt, started_at, evicted_tokens)
         summary = _summarise(slice_, completions, times, self._answerer.num_rebuilds, self._price.cost_usd(1.0))
         started_writing = time.perf_counter()
-        await asyncio.to_thread(_publish, self._output, slice_, name, table, times, summary)
+        written = await asyncio.to_thread(_publish, self._output, slice_, name, table, times, summary)
         self._meter.add_write(time.perf_counter() - started_writing)
         return SliceDone(
             shard=slice_.shard,
@@ -169,6 +169,7 @@ class SliceRunner:
             path=name.path(slice_.shard),
             index=name.index,
             num_slices=name.num_slices,
+            size_bytes=written.size_bytes,
             **summary,
         )
 
@@ -307,11 +308,10 @@ class _Meter:
 
 def _publish(
     output: Storage, slice_: Slice, name: SliceName, table: pa.Table, times: SliceTimes, summary: Mapping[str, Any]
-) -> None:
+) -> FileInfo:
     if slice_.shards:
-        publish_shared_slice(output, slice_, name, table, times, summary)
-    else:
-        publish_slice(output, slice_.shard, name, table, times, summary)
+        return publish_shared_slice(output, slice_, name, table, times, summary)
+    return publish_slice(output, slice_.shard, name, table, times, summary)
 
 
 def _summarise(
@@ -387,7 +387,15 @@ def found_slice(output: Storage, shard: str, name: SliceName) -> SliceDone:
     """The event of a slice that an earlier run, or a worker that died since, has published."""
     path = name.path(shard)
     info = output.info(path)
-    summary = read_metadata(output, info).get("summary") if info else None
-    if summary is None:
+    summary = read_metadata(output, info).get("summary") if info is not None else None
+    if info is None or summary is None:
         raise ShardError(f"the slice {path} cannot be read; remove it and run the same command again")
-    return SliceDone(shard=shard, is_new=False, path=path, index=name.index, num_slices=name.num_slices, **summary)
+    return SliceDone(
+        shard=shard,
+        is_new=False,
+        path=path,
+        index=name.index,
+        num_slices=name.num_slices,
+        size_bytes=info.size_bytes,
+        **summary,
+    )

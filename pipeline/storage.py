@@ -8,6 +8,7 @@ Knows no Parquet and no rows. Everything in `pipeline` and `jobs` that touches a
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import re
@@ -134,16 +135,22 @@ class Storage:
         with self._explained("read", path):
             absolute = self._absolute(path)
             starts, ends = [start for start, _ in ranges], [end for _, end in ranges]
-            return [bytes(piece) for piece in self._filesystem().cat_ranges([absolute] * len(ranges), starts, ends)]
+            pieces = self._filesystem().cat_ranges([absolute] * len(ranges), starts, ends, on_error="raise")
+            return [bytes(piece) for piece in pieces]
 
-    def open_input(self, path: str, size_bytes: int | None = None) -> BinaryIO:
+    def open_input(self, path: str, size_bytes: int | None = None, tail_bytes: int = 0) -> BinaryIO:
         """A seekable file to read from; a known size saves the store one request.
 
-        Nothing is read ahead: Parquet readers ask for exactly the ranges that they need.
+        tail_bytes: of a file whose size is known, so many last ones come in the first request: all of a small Parquet
+        file, or the footer of a larger one. Nothing else is read ahead: Parquet readers ask for exactly the ranges that
+        they need.
         """
         with self._explained("open", path):
             if self.is_local:
                 return Path(self._absolute(path)).open("rb")
+            if tail_bytes and size_bytes:
+                (tail,) = self.read_ranges(path, [(max(0, size_bytes - tail_bytes), size_bytes)])
+                return cast(BinaryIO, _FileWithTail(self, path, size_bytes, tail))
             options = {} if size_bytes is None else {"size": size_bytes}
             return cast(BinaryIO, self._filesystem().open(self._absolute(path), "rb", cache_type="none", **options))
 
@@ -361,6 +368,42 @@ class Storage:
             place = public_uri(f"{self.uri.rstrip('/')}/{path}")
             reason = type(error).__name__ if str(error) in ("", "None") else str(error)
             raise StorageError(f"cannot {action} {place}: {reason}{_way_out(self.protocol, error)}") from error
+
+
+class _FileWithTail(io.RawIOBase):
+    """A file in a store whose last bytes are here; others are asked for when they are read."""
+
+    def __init__(self, storage: Storage, path: str, size_bytes: int, tail: bytes) -> None:
+        self._storage, self._path, self._size, self._tail = storage, path, size_bytes, tail
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._between(self._at, min(self._size, self._at + len(buffer)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def _between(self, start: int, end: int) -> bytes:
+        if start >= end:
+            return b""
+        border = self._size - len(self._tail)
+        if start >= border:
+            return self._tail[start - border : end - border]
+        (head,) = self._storage.read_ranges(self._path, [(start, min(end, border))])
+        return head + self._tail[: max(0, end - border)]
 
 
 def split_uri(uri: str) -> tuple[Storage, str]:

@@ -12,12 +12,13 @@ import s3fs
 from letters import Letters
 
 from actors.requests import Completion, Output, Usage
-from pipeline.corpus_plan.manifest import CORPUS, find_manifest, read_manifest, read_slice
+from pipeline.corpus_plan.manifest import find_manifest, read_manifest, read_slice
 from pipeline.corpus_plan.planning import plan_corpus, remove_plans
 from pipeline.job import job_from_dict
 from pipeline.pricing import Price
 from pipeline.shards import list_shards
 from pipeline.shared_slices import publish_shared_slice, read_shared_slices
+from pipeline.slice_objects import SliceObjects
 from pipeline.slices import SliceTimes, slice_table
 from pipeline.storage import Storage
 
@@ -78,18 +79,21 @@ def test_a_corpus_is_planned_in_an_object_store_and_read_with_few_requests(bucke
     texts = sorted("".join(map(chr, row.prompt_token_ids)) for piece in pieces for row in piece.rows)
     assert texts == sorted(text for column in prompts.values() for text in column)
 
-    paths = []
+    sizes = {}
     for piece in pieces:
         answers = [
             Completion(str(row.key), [Output(0, str(row.key), [1], "stop", -0.5)], Usage(1, 0, 1)) for row in piece.rows
         ]
         name = manifest.slice_name(piece.index)
         table = slice_table(job.sampling, piece.rows, answers, Price(1.0, ""))
-        publish_shared_slice(output, piece, name, table, SliceTimes(), {})
-        paths.append(name.path(CORPUS))
-    requests.clear()
-    found = read_shared_slices(job.sampling, output, paths, list(prompts))
-    assert all(sorted(found[name][0]["row_index"].to_pylist()) == list(range(40)) for name in prompts)
-    assert requests.total() <= 3 * len(paths), "a look, a footer and the rows, whatever the number of shards"
+        file = publish_shared_slice(output, piece, name, table, SliceTimes(), {})
+        sizes[file.path] = file.size_bytes
+    for groups in ([list(prompts)], [[name] for name in prompts]):
+        requests.clear()
+        with SliceObjects(output, sizes, are_read_again=len(groups) > 1) as objects:
+            for names in groups:
+                found = read_shared_slices(job.sampling, output, list(sizes), names, {}, objects)
+                assert all(sorted(found[name][0]["row_index"].to_pylist()) == list(range(40)) for name in names)
+        assert requests == {"get_object": len(sizes)}, "one request for a slice, whatever the number of shards"
     remove_plans(output)
     assert output.list() == []

@@ -217,7 +217,8 @@ def test_what_is_read_of_a_slice_keeps_no_rows_of_other_shards_in_memory(tmp_pat
     names = tuple(f"s{i:03d}" for i in range(100))
     rows = [(planned(i, row), answer(f"{i}.{row}" + "long" * 10_000)) for row in range(2) for i in range(100)]
     paths = publish(job, [(names, rows)])
-    found = shared_slices._read_one(job.sampling, Storage(job.output.path), paths[0], frozenset(["s040", "s041"]))
+    with Storage(job.output.path).open_input(paths[0]) as source:
+        found = shared_slices._read_one(job.sampling, source, frozenset(["s040", "s041"]))
     texts = found["s041"][0]["response"]
     held = sum(buffer.size for chunk in texts.chunks for buffer in chunk.buffers() if buffer is not None)
     assert 160_000 <= held < 170_000, "two rows of each of the two, and not the 2.5 MB of their row group"
