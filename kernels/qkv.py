@@ -2,8 +2,8 @@
 
     q, k = rope(norm(q)), rope(norm(k));    pages[slot // S, :, slot % S] = k, v
 
-In one launch, which reads the projection once. The norm is left out where a model has none. Results are rounded where
-kernels.rms_norm, kernels.rope and kernels.kv_cache, one after the other, round them.
+In one launch, which reads the projection once. The norm is left out where a model has none. Results are rounded, and
+quantised, where kernels.rms_norm, kernels.rope and kernels.kv_cache or kernels.quantized_kv one after the other do it.
 
 Shape letters as in kernels/attention_batch.py; M = N + 2K heads of the projection, L positions of the tables, R their
 width. Called through kernels.backend.
@@ -11,158 +11,17 @@ width. Called through kernels.backend.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import torch
 from torch import Tensor
 
-from kernels.kv_cache import check_write_kv
-from kernels.on_demand import triton_kernel
+import kernels.qkv_kernels as kernels_of_qkv
+from kernels.kv_cache import check_kv_shapes, check_write_kv
+from kernels.quantized_kv import SMALLEST, Pages, QuantizedPages, check_pairs
 from kernels.rms_norm import check_rms_norm, rms_norm_reference
 from kernels.rope import check_rope, rope_reference
 
-if TYPE_CHECKING:
-    import triton.language as tl
-
 Norms = tuple[Tensor, Tensor]
 """The weights [D] of a model's norms of queries and of keys."""
-
-
-@triton_kernel
-def _norm_rope_write_kernel(
-    qkv,
-    q_norm,
-    k_norm,
-    positions,
-    cos,
-    sin,
-    k_pages,
-    v_pages,
-    slots,
-    stride_token,
-    stride_head,
-    table_stride,
-    k_stride_page,
-    k_stride_head,
-    v_stride_page,
-    v_stride_head,
-    page_size,
-    num_q_heads,
-    num_kv_heads,
-    head_dim,
-    half,
-    eps,
-    HAS_NORM: tl.constexpr,
-    NUM_Q_BLOCKS: tl.constexpr,
-    NUM_KV_BLOCKS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
-):
-    """One program per token and HEADS heads of q, of k or of v. Reads each once, writes q in place, k and v to pages.
-
-    HALF and REST: powers of two that R and D - 2R fit into; REST is 0 where R = D / 2.
-    """
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    low = tl.arange(0, HALF)[None, :]
-    if block < NUM_Q_BLOCKS:
-        head = block * HEADS + tl.arange(0, HEADS)[:, None]
-        at = qkv + token * stride_token + head * stride_head
-        at_table = tl.load(positions + token) * table_stride + low
-        inside = head < num_q_heads
-        a, b, inverse = _load_rotated(
-            at, q_norm, cos + at_table, sin + at_table, inside, head_dim, half, eps, HAS_NORM, BLOCK, HALF
-        )
-        if REST and HAS_NORM:
-            rest = _load_rest(at, q_norm, inverse, inside, head_dim, half, HAS_NORM, REST)
-        if HAS_NORM:
-            # The norm read all of a head with other threads than those that now write.
-            tl.debug_barrier()
-        tl.store(at + low, a, mask=inside & (low < half))
-        tl.store(at + half + low, b, mask=inside & (low < half))
-        if REST and HAS_NORM:
-            last = 2 * half + tl.arange(0, REST)[None, :]
-            tl.store(at + last, rest, mask=inside & (last < head_dim))
-    elif block < NUM_Q_BLOCKS + NUM_KV_BLOCKS:
-        slot = tl.load(slots + token).to(tl.int64)
-        if slot >= 0:
-            head = (block - NUM_Q_BLOCKS) * HEADS + tl.arange(0, HEADS)[:, None]
-            at = qkv + token * stride_token + (num_q_heads + head) * stride_head
-            at_table = tl.load(positions + token) * table_stride + low
-            inside = head < num_kv_heads
-            a, b, inverse = _load_rotated(
-                at, k_norm, cos + at_table, sin + at_table, inside, head_dim, half, eps, HAS_NORM, BLOCK, HALF
-            )
-            at_page = k_pages + (slot // page_size) * k_stride_page + head.to(tl.int64) * k_stride_head
-            at_page += slot % page_size * head_dim
-            tl.store(at_page + low, a.to(k_pages.dtype.element_ty), mask=inside & (low < half))
-            tl.store(at_page + half + low, b.to(k_pages.dtype.element_ty), mask=inside & (low < half))
-            if REST:
-                last = 2 * half + tl.arange(0, REST)[None, :]
-                rest = _load_rest(at, k_norm, inverse, inside, head_dim, half, HAS_NORM, REST)
-                tl.store(at_page + last, rest.to(k_pages.dtype.element_ty), mask=inside & (last < head_dim))
-    else:
-        slot = tl.load(slots + token).to(tl.int64)
-        if slot >= 0:
-            head = (block - NUM_Q_BLOCKS - NUM_KV_BLOCKS) * HEADS + tl.arange(0, HEADS)[:, None]
-            column = tl.arange(0, BLOCK)[None, :]
-            inside = (head < num_kv_heads) & (column < head_dim)
-            at = qkv + token * stride_token + (num_q_heads + num_kv_heads + head) * stride_head
-            value = tl.load(at + column, mask=inside, other=0.0)
-            at_page = v_pages + (slot // page_size) * v_stride_page + head.to(tl.int64) * v_stride_head
-            at_page += slot % page_size * head_dim
-            tl.store(at_page + column, value.to(v_pages.dtype.element_ty), mask=inside)
-
-
-@triton_kernel
-def _load_rotated(
-    at,
-    weight,
-    at_cos,
-    at_sin,
-    inside,
-    head_dim,
-    half,
-    eps,
-    HAS_NORM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """The rotated halves [heads, HALF] of the heads at `at`, in their dtype, and what each head's norm multiplies."""
-    low = tl.arange(0, HALF)[None, :]
-    low_inside = low < half
-    a = tl.load(at + low, mask=inside & low_inside, other=0.0).to(tl.float32)
-    b = tl.load(at + half + low, mask=inside & low_inside, other=0.0).to(tl.float32)
-    c = tl.load(at_cos, mask=low_inside, other=0.0)
-    s = tl.load(at_sin, mask=low_inside, other=0.0)
-    dtype: tl.constexpr = at.dtype.element_ty
-    inverse = 1.0
-    if HAS_NORM:
-        column = tl.arange(0, BLOCK)[None, :]
-        numbers = tl.load(at + column, mask=inside & (column < head_dim), other=0.0).to(tl.float32)
-        inverse = (1.0 / tl.sqrt_rn(tl.sum(numbers * numbers, axis=1) / head_dim + eps))[:, None]
-        a = _normed(a, inverse, weight + low, low_inside, dtype)
-        b = _normed(b, inverse, weight + half + low, low_inside, dtype)
-    return (a * c - b * s).to(dtype), (b * c + a * s).to(dtype), inverse
-
-
-@triton_kernel
-def _load_rest(at, weight, inverse, inside, head_dim, half, HAS_NORM: tl.constexpr, REST: tl.constexpr):
-    """What of the heads is not rotated, [heads, REST]."""
-    column = 2 * half + tl.arange(0, REST)[None, :]
-    rest = tl.load(at + column, mask=inside & (column < head_dim), other=0.0)
-    if HAS_NORM:
-        dtype: tl.constexpr = at.dtype.element_ty
-        rest = _normed(rest.to(tl.float32), inverse, weight + column, column < head_dim, dtype).to(dtype)
-    return rest
-
-
-@triton_kernel
-def _normed(numbers, inverse, at_weight, inside, dtype: tl.constexpr):
-    """Rounded to dtype before the weight multiplies and after, as in kernels.rms_norm; float32."""
-    scale = tl.load(at_weight, mask=inside, other=0.0).to(tl.float32)
-    return ((numbers * inverse).to(dtype).to(tl.float32) * scale).to(dtype).to(tl.float32)
 
 
 def norm_rope_write_kv_triton(
@@ -172,18 +31,19 @@ def norm_rope_write_kv_triton(
     positions_T: Tensor,
     cos_LR: Tensor,
     sin_LR: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    k_pages: Pages,
+    v_pages: Pages,
     slots_T: Tensor,
 ) -> Tensor:
     """Norm and rotate q in place and return it, [T, N, D]; norm and rotate k and write k and v to slots of the pages.
 
     What is left in the places of k and v is undefined. A slot of -1 writes nothing. Any D, R up to D / 2, number of
-    heads and page size; tokens and heads may have any stride.
+    heads and page size; tokens and heads may have any stride. Pages of any strides, dense or of int8 in pairs.
     """
     q_TND, k_TKD, v_TKD = split_heads(qkv_TMD, k_pages.shape[1])
     check_rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
-    check_write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+    k_scales, v_scales = check_pages(k_TKD, v_TKD, k_pages, v_pages, slots_T) or (cos_LR, cos_LR)
+    k_memory, v_memory = page_memory(k_pages), page_memory(v_pages)
     q_norm, k_norm = norms or (qkv_TMD, qkv_TMD)
     for weight in norms or ():
         check_rms_norm(q_TND, weight)
@@ -194,30 +54,36 @@ def norm_rope_write_kv_triton(
     block = _power_of_two(head_dim)
     heads = max(1, min(_power_of_two(max(num_q_heads, num_kv_heads)), 1024 // block))
     num_q_blocks, num_kv_blocks = -(-num_q_heads // heads), -(-num_kv_heads // heads)
-    _norm_rope_write_kernel[(num_tokens, num_q_blocks + 2 * num_kv_blocks)](
+    kernels_of_qkv.norm_rope_write_kernel[(num_tokens, num_q_blocks + 2 * num_kv_blocks)](
         qkv_TMD,
         q_norm,
         k_norm,
         positions_T,
         cos_LR,
         sin_LR,
-        k_pages,
-        v_pages,
+        k_memory,
+        v_memory,
+        k_scales,
+        v_scales,
         slots_T,
         qkv_TMD.stride(0),
         qkv_TMD.stride(1),
         cos_LR.stride(0),
-        k_pages.stride(0),
-        k_pages.stride(1),
-        v_pages.stride(0),
-        v_pages.stride(1),
+        k_memory.stride(0),
+        k_memory.stride(1),
+        v_memory.stride(0),
+        v_memory.stride(1),
+        k_scales.stride(0),
+        k_scales.stride(1),
         k_pages.shape[2],
         num_q_heads,
         num_kv_heads,
         head_dim,
         half,
         eps,
+        SMALLEST,
         HAS_NORM=norms is not None,
+        QUANTIZED=isinstance(k_pages, QuantizedPages),
         NUM_Q_BLOCKS=num_q_blocks,
         NUM_KV_BLOCKS=num_kv_blocks,
         HEADS=heads,
@@ -227,6 +93,32 @@ def norm_rope_write_kv_triton(
         num_warps=4,
     )
     return q_TND
+
+
+def check_pages(
+    k_TKD: Tensor, v_TKD: Tensor, k_pages: Pages, v_pages: Pages, slots_T: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """Refuse what does not belong together; the scales of pages that have some."""
+    if isinstance(k_pages, Tensor) and isinstance(v_pages, Tensor):
+        check_write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+        return None
+    if isinstance(k_pages, Tensor) or isinstance(v_pages, Tensor):
+        raise ValueError("norm_rope_write_kv: of k and v pages one is quantised and one is not")
+    check_kv_shapes(k_TKD, v_TKD, k_pages.shape, v_pages.shape, slots_T)
+    check_pairs(k_pages, v_pages)
+    scales = k_pages.scales_PKS, v_pages.scales_PKS
+    strides = [scale_PKS.stride() for scale_PKS in scales]
+    if strides[0] != strides[1] or strides[0][2] != 1:
+        raise ValueError(f"norm_rope_write_kv: scales have strides {strides}; they must be the same, the last one 1")
+    devices = {x.device for x in (k_TKD, k_pages.values, v_pages.values, *scales, slots_T)}
+    if len(devices) > 1:
+        raise ValueError(f"norm_rope_write_kv: inputs are on {sorted(map(str, devices))}; they must be on one device")
+    return scales
+
+
+def page_memory(pages: Pages) -> Tensor:
+    """What a kernel writes to, as numbers or as bytes."""
+    return pages if isinstance(pages, Tensor) else pages.values.view(torch.uint8)
 
 
 def _power_of_two(number: int) -> int:

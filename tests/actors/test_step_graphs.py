@@ -8,7 +8,6 @@ import random
 from functools import partial
 
 import pytest
-import torch
 from interpreted_triton import DEVICE, HAS_TRITON
 
 import actors.decoder as decoder_file
@@ -17,9 +16,8 @@ from actors.config import EngineConfig, SpeculativeConfig
 from actors.engine import Engine
 from actors.requests import Request, SamplingParams
 from kernels.paged_attention import paged_attention_triton
-from kernels.qkv import norm_rope_write_kv_triton, split_heads
-from kernels.quantized_kv import new_quantized_pages, write_quantized_kv_triton
-from kernels.rope import rope_triton
+from kernels.qkv import norm_rope_write_kv_triton
+from kernels.quantized_kv import new_quantized_pages
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed here (it is on Linux)")
 
@@ -45,13 +43,7 @@ def go_through_triton(monkeypatch):
     def norm_rope_write(qkv, norms, eps, positions, cos, sin, k_pages, v_pages, slots, cache):
         if not is_captured(cache):
             return write_on_cpu(qkv, norms, eps, positions, cos, sin, k_pages, v_pages, slots, cache)
-        if isinstance(k_pages, torch.Tensor):
-            return norm_rope_write_kv_triton(qkv, norms, eps, positions, cos, sin, k_pages, v_pages, slots)
-        assert norms is None
-        q, k, v = split_heads(qkv, k_pages.shape[1])
-        rope_triton(q, k, positions, cos, sin)
-        write_quantized_kv_triton(k, v, k_pages, v_pages, slots)
-        return q
+        return norm_rope_write_kv_triton(qkv, norms, eps, positions, cos, sin, k_pages, v_pages, slots)
 
     monkeypatch.setattr(decoder_file, "paged_attention", attend)
     monkeypatch.setattr(decoder_file, "norm_rope_write_kv", norm_rope_write)

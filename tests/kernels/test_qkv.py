@@ -10,6 +10,7 @@ from kernels.attention_batch import new_kv_pages
 from kernels.compare import compare
 from kernels.kv_cache import write_kv_triton
 from kernels.qkv import norm_rope_reference, norm_rope_write_kv_triton, split_heads
+from kernels.quantized_kv import QuantizedPages, write_quantized_kv_triton
 from kernels.rms_norm import rms_norm_triton
 from kernels.rope import rope_triton
 
@@ -32,7 +33,7 @@ SHAPES = {  # query heads, key heads, head dimension, half of the rotary dimensi
 
 
 def make_inputs(shape, dtype, device, num_tokens=4):
-    """The projection as a view with odd strides, norms of q and of k, positions, tables, and slots of which one is -1."""
+    """The projection as a view with odd strides, norms of q and k, positions, tables, and slots, one of them -1."""
     num_heads, num_kv_heads, head_dim, half = shape
     generator = torch.Generator().manual_seed(head_dim)
     num_all = num_heads + 2 * num_kv_heads
@@ -145,6 +146,52 @@ def test_bfloat16_pages_take_rounded_keys_and_values_of_any_dtype(dtype, device,
         assert same_bits(rounded, full.bfloat16())
 
 
+QUANTIZED = ["all of the head", "one key head", "half of the head", "a part of the head", "odd half", "many heads"]
+
+
+def new_int8_pages(new, num_kv_heads, head_dim, device):
+    """Pages of 4 slots: bytes of 255 and scales of NaN, between guards."""
+    shapes = {"dims": (NUM_PAGES, num_kv_heads, 4, head_dim // 2), "slots": (NUM_PAGES, num_kv_heads, 2, head_dim)}
+    return [
+        QuantizedPages(new(shape, torch.int16, device), new((NUM_PAGES, num_kv_heads, 4), torch.float32, device), pairs)
+        for pairs, shape in shapes.items()
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("has_norm", [False, True], ids=["plain", "normed"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy, of what is not finite
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_to_int8_pages_it_gives_the_bytes_of_the_separate_kernels(name, has_norm, dtype, device, new_between_guards):
+    shape = SHAPES[name]
+    num_kv_heads, head_dim = shape[1:3]
+    qkv, norms, positions, tables, _ = make_inputs(shape, dtype, device)
+    qkv[0, -1] = 0.0  # a head of zeros
+    qkv[2, -1, 0] = math.inf  # and one that is not finite
+    qkv[2, shape[0], -1] = math.nan
+    slots = torch.tensor([4 * NUM_PAGES - 1, -1, 0, 6], device=device)
+    q, k, v = split_heads(qkv.clone(), num_kv_heads)
+    if has_norm:
+        q, k = rms_norm_triton(q, norms[0], EPS), rms_norm_triton(k, norms[1], EPS)
+    rope_triton(q, k, positions, *tables)
+    expected = new_int8_pages(new_between_guards, num_kv_heads, head_dim, device)
+    write_quantized_kv_triton(k, v, *expected, slots)
+
+    pages = new_int8_pages(new_between_guards, num_kv_heads, head_dim, device)
+    new = new_between_guards(qkv.shape, dtype, device).copy_(qkv)
+    got = norm_rope_write_kv_triton(new, norms if has_norm else None, EPS, positions, *tables, *pages, slots)
+    if device.type == "cpu" or not has_norm:
+        assert torch.equal(got, q)
+        for one, other in zip(pages, expected):
+            assert torch.equal(one.values, other.values) and same_bits(one.scales_PKS, other.scales_PKS)
+    for one, at_inf in zip(pages, (0, -1)):
+        scales = one.scales_PKS.transpose(1, 2).flatten(0, 1)
+        untouched = [slot for slot in range(4 * NUM_PAGES) if slot not in slots.tolist()]
+        assert scales[untouched].isnan().all() and scales[[15, 6]].isfinite().all() and scales[0, at_inf].isnan()
+        bytes_PKSD = one.by_plane().reshape(NUM_PAGES, num_kv_heads, 4, head_dim)
+        assert (bytes_PKSD.transpose(1, 2).flatten(0, 1)[untouched] == 255).all()
+
+
 def refused(**changes):
     arguments = {
         "qkv_TMD": torch.zeros(2, 8, 16),
@@ -175,6 +222,14 @@ REFUSED = {
 def test_what_does_not_fit_is_refused_with_its_value(message, version):
     with pytest.raises(ValueError, match=message):
         version(**refused(**REFUSED[message]))
+
+
+def test_dense_keys_beside_quantised_values_are_refused():
+    quantised = QuantizedPages(torch.zeros(3, 2, 4, 16, dtype=torch.int8), torch.ones(3, 2, 4))
+    with pytest.raises(ValueError, match="one is quantised and one is not"):
+        norm_rope_write_kv_triton(**refused(v_pages=quantised))
+    with pytest.raises(ValueError, match="k pages hold pairs of None"):
+        norm_rope_write_kv_triton(**refused(k_pages=quantised, v_pages=quantised))
 
 
 def test_a_cpu_computes_it_as_the_operations_one_after_the_other():
