@@ -33,6 +33,8 @@ _COLUMNS_OF_LATER_VERSIONS: dict[str, Any] = {
     "saved_by_speculation_seconds": 0.0,
     "drafters": [],
     "evicted_prefix_tokens": 0,
+    "border_prefix_tokens": 0,
+    "short_prefix_tokens": 0,
 }
 """What metrics of earlier versions lack; they are read all the same."""
 
@@ -108,6 +110,8 @@ class Bill:
     achievable_prefix_tokens: int = 0
     recomputed_prefix_tokens: int = 0
     evicted_prefix_tokens: int = 0
+    border_prefix_tokens: int = 0
+    short_prefix_tokens: int = 0
     device_seconds: float = 0.0
     busy_s: float = 0.0
     load_s: float = 0.0
@@ -173,7 +177,8 @@ def add_up(metrics: Sequence[dict[str, Any]], runs: Sequence[RunRecord]) -> Bill
     for column in same:
         setattr(bill, column, total(column))
     bill.recomputed_prefix_tokens = sum(run.recomputed_prefix_tokens for run in runs)
-    bill.evicted_prefix_tokens = total("evicted_prefix_tokens")
+    for column in ("evicted_prefix_tokens", "border_prefix_tokens", "short_prefix_tokens"):
+        setattr(bill, column, total(column))
     bill.busy_s = exact("device_seconds")
     bill.load_s = exact("load_seconds")
     bill.idle_s = math.fsum([exact("idle_seconds"), *(run.after_slices.idle_s for run in runs)])

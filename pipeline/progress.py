@@ -278,15 +278,25 @@ def predicted_table(plan: Plan, bill: Bill) -> Table:
 
 
 def _describe_lost(bill: Bill) -> str:
-    """Why there were fewer hits than could be. What is neither: begun while another row computed its prefix, a part of
-    a page, or slices of a shard that several actors answered."""
-    lost = bill.achievable_prefix_tokens - (bill.cached_tokens - bill.duplicate_prompt_tokens)
+    """Why there were fewer hits than could be. What is none of the reasons counted: rows that were tried again, or
+    begun in mid-slice while one before them that was not theirs to wait for computed their prefix."""
+    lost = left = bill.achievable_prefix_tokens - (bill.cached_tokens - bill.duplicate_prompt_tokens)
     if lost <= 0:
         return ""
-    by_actors = min(lost, bill.recomputed_prefix_tokens)
-    evicted = min(lost - by_actors, bill.evicted_prefix_tokens)
-    known = [(by_actors, "computed by several actors"), (evicted, "evicted"), (lost - by_actors - evicted, "otherwise")]
-    return f"; {lost:,} tokens lost: " + ", ".join(f"{tokens:,} {why}" for tokens, why in known if tokens)
+    # Of a corpus it was known before which borders of slices part actors; that is the most of what borders cost.
+    known = [
+        (bill.recomputed_prefix_tokens, "computed by several actors"),
+        (bill.evicted_prefix_tokens, "evicted"),
+        (bill.border_prefix_tokens - bill.recomputed_prefix_tokens, "where slices begin"),
+        (bill.short_prefix_tokens, "too short to wait for"),
+    ]
+    parts = []
+    for tokens, why in known:
+        part = min(left, max(0, tokens))
+        left -= part
+        parts.append((part, why))
+    parts.append((left, "otherwise"))
+    return f"; {lost:,} tokens lost: " + ", ".join(f"{tokens:,} {why}" for tokens, why in parts if tokens)
 
 
 def count(value: float) -> str:

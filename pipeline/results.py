@@ -76,8 +76,11 @@ class ShardMetrics:
     corpus) have in common: each distinct beginning computed once, by a single engine that forgets nothing. With one
     engine and one plan, cached tokens are at most that. They can be more where engines outlive a plan (shards that
     are planned apart and begin alike, a run that is repeated) or where a prompt quotes an answer. They are fewer where
-    several engines compute the same beginning, where a row was tried again, and by `evicted_prefix_tokens`: prompt
-    tokens that the same engine had computed before, and had no pages to keep.
+    several engines compute the same beginning, where a row was tried again, and by:
+    - `evicted_prefix_tokens`: that the same engine had computed before, and had no pages to keep;
+    - `border_prefix_tokens`: what slices' first rows have in common with the row before, which another engine answered,
+      or at the same time;
+    - `short_prefix_tokens`: of rows that were begun while a row before them computed less than an engine waits for.
     """
 
     shard: str
@@ -94,6 +97,8 @@ class ShardMetrics:
     duplicate_completion_tokens: int
     achievable_prefix_tokens: int
     evicted_prefix_tokens: int
+    border_prefix_tokens: int
+    short_prefix_tokens: int
     num_slices: int
     attempts: int
     wall_seconds: float
@@ -322,6 +327,8 @@ def _measure(
         duplicate_completion_tokens=of_duplicates("completion_tokens"),
         achievable_prefix_tokens=achievable,
         evicted_prefix_tokens=sum(t.evicted_prefix_tokens for t in times),
+        border_prefix_tokens=sum(t.border_prefix_tokens for t in times),
+        short_prefix_tokens=sum(t.short_prefix_tokens for t in times),
         num_slices=len(times),
         attempts=max((t.attempts for t in times), default=0),
         wall_seconds=_wall_seconds(times),

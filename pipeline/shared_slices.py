@@ -35,6 +35,7 @@ MIN_GROUP_ROWS = 64
 """A row group takes shards until it has so many rows: one of a single row would be a hundred times its size."""
 
 _SECONDS = ("load_s", "idle_s", "lost_s", "prefill_s", "decode_s", "write_s")
+_COUNTS = ("evicted_prefix_tokens", "border_prefix_tokens", "short_prefix_tokens")
 _FEMTOSECONDS = 10**15
 
 
@@ -111,18 +112,17 @@ def read_shared_slices(
 
 
 def split_times(times: SliceTimes, weights: Sequence[float], achievable: Sequence[int]) -> list[SliceTimes]:
-    """A slice's seconds and drafts, split in proportion to `weights` of which one is above 0; the parts sum to the
-    whole. What is no amount (when, where, how often tried, the price) is the same for all."""
+    """A slice's seconds, lost tokens and drafts, split in proportion to `weights` of which one is above 0; the parts
+    sum to the whole. What is no amount (when, where, how often tried, the price) is the same for all."""
     seconds: dict[str, Any] = {name: _split_float(getattr(times, name), weights) for name in _SECONDS}
     drafts = _split_drafts(times.drafts, weights)
-    evicted = split_exactly(times.evicted_prefix_tokens, weights)
+    counts: dict[str, list[int]] = {name: split_exactly(getattr(times, name), weights) for name in _COUNTS}
     return [
         replace(
             times,
             achievable_prefix_tokens=achievable[i],
-            evicted_prefix_tokens=evicted[i],
             drafts=drafts[i],
-            **{name: parts[i] for name, parts in seconds.items()},
+            **{name: parts[i] for name, parts in {**seconds, **counts}.items()},
         )
         for i in range(len(weights))
     ]

@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from actors.config import EngineConfig
 from actors.requests import Completion, Request, RowError, Usage
+from actors.scheduler import WORTH_WAITING_TOKENS
 from actors.step_times import StepTimes
 from pipeline.admission import Attempt
 from pipeline.answering import Answerer, Worker, poisonous
@@ -157,8 +158,7 @@ class SliceRunner:
         started_at = time.time()
         completions = await self._answer(slice_, attempt)
         table = await asyncio.to_thread(slice_table, self._spec.job.answer_shape, slice_.rows, completions, self._price)
-        evicted_tokens = sum(completion.usage.evicted_tokens for completion in completions)
-        times = self._times(slice_, attempt, started_at, evicted_tokens)
+        times = self._times(slice_, attempt, started_at, lost_prefix_tokens(slice_, completions))
         summary = _summarise(slice_, completions, times, self._answerer.num_rebuilds, self._price.cost_usd(1.0))
         started_writing = time.perf_counter()
         written = await asyncio.to_thread(_publish, self._output, slice_, name, table, times, summary)
@@ -217,8 +217,11 @@ class SliceRunner:
         self._lengths.observe(requests, completions)
         return completions
 
-    def _times(self, slice_: Slice, attempt: Attempt, started_at: float, evicted_tokens: int) -> SliceTimes:
+    def _times(
+        self, slice_: Slice, attempt: Attempt, started_at: float, lost_prefixes: Mapping[str, int]
+    ) -> SliceTimes:
         stats = self._answerer.worker.stats()
+        measured: dict[str, Any] = {**lost_prefixes, **self._meter.take(self._answerer)}
         return SliceTimes(
             run=self._spec.run,
             worker=self._name,
@@ -231,10 +234,9 @@ class SliceRunner:
             usd_per_device_hour=self._price.usd_per_device_hour,
             price_source=self._price.source,
             achievable_prefix_tokens=slice_.achievable_prefix_tokens,
-            evicted_prefix_tokens=evicted_tokens,
             notes=[*stats.notes, *failures_of(stats), *self._index.notes, *self._notes],
             drafts=self._meter.take_drafts(self._answerer),
-            **self._meter.take(self._answerer),
+            **measured,
         )
 
     def _new_worker(self) -> Worker:
@@ -250,6 +252,24 @@ class SliceRunner:
             worker = EngineWorker(config)
         self._index.load_into(worker)
         return worker
+
+
+def lost_prefix_tokens(slice_: Slice, completions: Sequence[Completion]) -> dict[str, int]:
+    """Prompt tokens that a row shares with the one before in the plan and that were computed again, by why: fields of
+    `SliceTimes`. One that a row's engine had not computed was another's at a slice's border; within the slice, where
+    few enough, not worth waiting for. The rest has no field."""
+    lost = {"evicted_prefix_tokens": 0, "border_prefix_tokens": 0, "short_prefix_tokens": 0}
+    for number, (row, completion) in enumerate(zip(slice_.rows, completions)):
+        usage = completion.usage
+        lost["evicted_prefix_tokens"] += usage.evicted_tokens
+        again = row.shared_prefix_tokens - usage.cached_tokens - usage.evicted_tokens
+        if completion.error is not None or again <= 0:
+            continue
+        if number == 0:
+            lost["border_prefix_tokens"] += again
+        elif again < WORTH_WAITING_TOKENS:
+            lost["short_prefix_tokens"] += again
+    return lost
 
 
 def _row_of(request: Request) -> int:

@@ -124,6 +124,8 @@ class SliceTimes:
     price_source: str = ""
     achievable_prefix_tokens: int = 0
     evicted_prefix_tokens: int = 0
+    border_prefix_tokens: int = 0
+    short_prefix_tokens: int = 0
     drafts: DraftCounts = field(default_factory=DraftCounts)
     notes: list[str] = field(default_factory=list)
 

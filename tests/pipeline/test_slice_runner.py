@@ -7,15 +7,21 @@ import math
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from fake_worker import ACCEPTED, DRAFTED, FIRST_CHARACTER, FakeWorkers, LocalGate, answer_to
+from fake_worker import ACCEPTED, DRAFTED, FIRST_CHARACTER, FakeWorker, FakeWorkers, LocalGate, answer_to
 
-from actors.requests import RowError
+from actors.requests import Completion, Output, RowError, Usage
 from pipeline.admission import Admission
 from pipeline.drafts import DrafterCount, sum_drafts
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job, job_from_dict
+from pipeline.ledger import add_up, read_metrics
 from pipeline.prefix_plan import PlannedRow, Slice
+from pipeline.progress import _describe_lost
+from pipeline.results import merge_shard
+from pipeline.shards import list_shards
 from pipeline.slice_runner import RunSpec, SliceRunner
 from pipeline.slices import SliceTimes, read_slices
 from pipeline.storage import Storage
@@ -193,3 +199,71 @@ def test_a_slice_whose_worker_dies_again_and_again_is_given_up_with_error_rows(t
     rows, _ = read(job, asyncio.run(go()))
     assert ["died 10 times" in row["error"]["message"] for row in rows] == [True, True]
     assert workers.asked() == []
+
+
+def test_prompt_tokens_computed_again_have_their_reason_from_the_row_to_the_shards_metrics_and_the_bill(
+    tmp_path, fake_workers, monkeypatch
+):
+    job, workers = make_job(tmp_path), fake_workers()
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.table({"p": ["x"] * 6}), folder / "a.parquet")
+    (shard,) = list_shards(job.model_copy(update={"input": job.input.model_copy(update={"path": str(folder)})})).good
+    # Of each row: tokens shared with the row before, and of these cached, and evicted.
+    numbers = [(50, 20, 0), (40, 40, 0), (40, 30, 10), (40, 33, 0), (90, 10, 0), (30, 35, 0)]
+    rows = [PlannedRow(i, [i] * 100, None, 0, shared_prefix_tokens=shared) for i, (shared, _, _) in enumerate(numbers)]
+    usages = [Usage(100, cached, 1, evicted_tokens=evicted) for _, cached, evicted in numbers]
+
+    async def generate(self, requests):
+        number = [int(request.request_id.rpartition("/")[2]) for request in requests]
+        return [Completion(str(i), [Output(0, "x", [1], "stop", -0.5)], usages[i]) for i in number]
+
+    monkeypatch.setattr(FakeWorker, "generate", generate)
+    slice_ = Slice("a", shard.etag, 0, 1, rows, plan_id="p", achievable_prefix_tokens=290)
+    (event,) = run_slices(job, workers, slice_)
+    metrics = merge_shard(job, shard, Storage(job.output.path), [event.path], PRINT)
+    assert metrics.evicted_prefix_tokens == 10
+    assert metrics.border_prefix_tokens == 30, "the slice's first row"
+    assert metrics.short_prefix_tokens == 7, "less than an engine waits for; the row with 80 has no reason"
+    bill = add_up(read_metrics(Storage(job.output.path)), [])
+    assert (bill.evicted_prefix_tokens, bill.border_prefix_tokens, bill.short_prefix_tokens) == (10, 30, 7)
+    shown = _describe_lost(bill)
+    assert shown == "; 122 tokens lost: 10 evicted, 30 where slices begin, 7 too short to wait for, 75 otherwise"
+    bill.recomputed_prefix_tokens = 25
+    assert "25 computed by several actors, 10 evicted, 5 where slices begin, 7 too" in _describe_lost(bill)
+
+
+def test_an_engine_with_few_pages_says_in_the_metrics_what_it_evicted(tmp_path, small_model):
+    """A real engine: groups that take turns, in a plan that does not put them together, and pages for one of them."""
+    job = job_from_dict(
+        {
+            "input": {"path": str(tmp_path), "prompt_column": "p"},
+            "model": str(small_model),
+            "engine": {
+                "device": "cpu",
+                "dtype": "float32",
+                "num_threads": 1,
+                "page_size": 8,
+                "num_pages": 14,
+                "max_num_seqs": 1,
+                "max_model_len": 64,
+            },
+            "sampling": {"max_tokens": 1},
+            "output": {"path": str(tmp_path / "out")},
+        }
+    ).resolve()
+    heads = [[1 + i] * 48 for i in range(4)]
+    rows = [PlannedRow(i, [*heads[i % 4], 20 + i], None, 0) for i in range(12)]
+
+    async def go() -> SliceDone | SliceDropped:
+        admission = Admission(window=10)
+        await admission.hello("w")
+        runner = SliceRunner(RunSpec("r", job, PRINT), LocalGate(admission), "w", "node")
+        event = await runner.run(Slice("a", "etag", 0, 1, rows, plan_id="p"))
+        runner._answerer.worker.close()
+        return event
+
+    table, (times,) = read(job, asyncio.run(go()))
+    computed_again = sum(49 - row["cached_tokens"] for row in table) - 4 * 48 - 12
+    assert computed_again > 0, "the pool is too small for all heads"
+    assert times.evicted_prefix_tokens == computed_again
