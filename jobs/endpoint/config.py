@@ -32,7 +32,7 @@ class AccessSection(_Section):
 
 
 class RequestLimits(_Section):
-    """What one request may ask for, and how many may wait. Beyond the last, 429 with Retry-After."""
+    """What one request may ask for, and how many may wait for how long. Beyond the last two, 429 with Retry-After."""
 
     max_body_bytes: Annotated[int, Field(ge=1024)] = 4 << 20
     body_timeout_s: Annotated[float, Field(gt=0, description="for the whole body to arrive")] = 30.0
@@ -44,6 +44,9 @@ class RequestLimits(_Section):
     max_queue: Annotated[
         int, Field(ge=0, description="completions that may wait beside engine.max_num_seqs that run, per replica")
     ] = 64
+    max_queue_s: Annotated[
+        float, Field(ge=0, description="and only while a place is expected within so many seconds; 0: nobody waits")
+    ] = 1.0
 
 
 class ReplicaSection(_Section):

@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Protocol
 
 from actors.requests import Completion, EngineError, Request
 from actors.worker import TokensEvent, WorkerLoad, WorkerStats
+from jobs.endpoint.gate import queue_is_full
 from jobs.endpoint.metrics import Metrics
+from jobs.endpoint.places import NoPlaceError, Places
 from pipeline.openai_api.errors import ApiError, error_of_row
 
-_MAX_RETRY_AFTER_S = 60
 _LOOK_AGAIN_S = 0.02
 _BATCH_PRIORITY = 1
 """A client's is 0, which is better."""
@@ -55,21 +55,25 @@ class Desk:
         *,
         num_places: int,
         num_running: int,
+        max_wait_s: float = math.inf,
         max_background: int = 1,
         min_gap_s: float = 0.0,
     ) -> None:
-        """min_gap_s: between two pieces of a stream."""
+        """max_wait_s: until a place is expected, for whoever is let in. min_gap_s: between two pieces of a stream."""
         self.worker = worker
         self._min_gap_s = min_gap_s
         self.metrics = Metrics(worker.load, worker.stats)
         self.is_closing = False
-        self.num_taken = 0
         self.num_background = 0
         self.max_background = max_background
         self._background_turn = asyncio.Lock()
-        self._num_places = num_places
         self._num_running = num_running
-        self._usual_s = 1.0
+        self._room = Places(num_all=num_places, num_running=num_running, max_wait_s=max_wait_s)
+
+    @property
+    def num_taken(self) -> int:
+        """Completions of clients' that run or wait."""
+        return self._room.num_taken
 
     @property
     def trouble(self) -> str | None:
@@ -144,23 +148,13 @@ class Desk:
     def _places(self, requests: list[Request]) -> Iterator[None]:
         self._refuse_in_trouble()
         num_wanted = sum(request.sampling.n for request in requests)
-        if self.num_taken + num_wanted > self._num_places:
-            wait_s = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self._usual_s * self.num_taken / self._num_running)))
-            raise ApiError(
-                429,
-                f"the queue is full; try again in {wait_s} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait_s)},
-            )
-        self.num_taken += num_wanted
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.num_taken -= num_wanted
-            took_s = time.perf_counter() - started
-            self._usual_s += 0.1 * (took_s - self._usual_s)
-            self.metrics.request_s.observe(took_s)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._room.hold(num_wanted))
+            except NoPlaceError as error:
+                raise queue_is_full(error.wait_s) from None
+            with self.metrics.request_s.time():
+                yield
 
 
 @contextlib.contextmanager

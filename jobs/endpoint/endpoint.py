@@ -131,6 +131,7 @@ def open_endpoint(config: EndpointConfig) -> Endpoint:
         worker,
         num_places=config.num_places,
         num_running=config.engine.max_num_seqs,
+        max_wait_s=config.limits.max_queue_s,
         max_background=config.batches.max_num_seqs or max(1, config.engine.max_num_seqs // 2),
         min_gap_s=config.limits.stream_interval_s,
     )

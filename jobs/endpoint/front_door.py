@@ -2,11 +2,16 @@
 
 A stranger's request must not start a replica; a crowd is refused here, where it takes none of a replica's time; and
 Serve's own refusals are lines of text. Serve loads this by RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH (`jobs.ingress`).
+
+How many are a crowd is what the replicas say: at a 429 of theirs as many as they had taken may come in from here on,
+and now and then one more, to see whether that is still so.
+
 Plain ASGI; knows no models.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -30,7 +35,11 @@ _TEXTS = {
 _RETRY_AFTER_S = {429: "5", 503: "5"}
 
 _LIMITED_ROUTES = ("/v1/completions", "/v1/chat/completions")
-_MAX_RETRY_AFTER_S = 60
+
+_TRY_MORE_S = 0.1
+"""Between two times that more are let in than the replicas last took."""
+
+_TRY_ONE_MORE_IN = 50
 
 
 def middlewares() -> list[Middleware]:
@@ -42,14 +51,16 @@ def middlewares() -> list[Middleware]:
 
 class FrontDoor:
     """Wraps Serve's ASGI application. `digests`: of the keys that may pass; none: whoever is behind it decides.
-    `max_in_flight`: requests for completions that may be on their way; None: any number."""
+    `max_in_flight`: requests for completions that may be on their way, whatever the replicas say; None: any number."""
 
     def __init__(self, app: Any, *, digests: tuple[str, ...], max_in_flight: int | None = None) -> None:
         self._app = app
         self._digests = digests
-        self._max_in_flight = max_in_flight
+        self._most = math.inf if max_in_flight is None else max_in_flight
+        self._limit = self._most
+        self._tried_at = -math.inf
         self._num_in_flight = 0
-        self._usual_s = 1.0
+        self._wait_s = 1.0  # as the replicas said last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"].startswith("/-/"):
@@ -64,18 +75,30 @@ class FrontDoor:
             await self._pass(scope, receive, send)
 
     async def _pass_limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._max_in_flight is not None and self._num_in_flight >= self._max_in_flight:
-            await respond(queue_is_full(min(_MAX_RETRY_AFTER_S, max(1, math.ceil(self._usual_s)))))(
-                scope, receive, send
-            )
+        if self._num_in_flight >= self._limit and not self._try_more():
+            for message in _refusal(self._wait_s):
+                await send(message)
             return
         self._num_in_flight += 1
-        started = time.perf_counter()
         try:
             await self._pass(scope, receive, send)
         finally:
             self._num_in_flight -= 1
-            self._usual_s += 0.1 * (time.perf_counter() - started - self._usual_s)
+
+    def _try_more(self) -> bool:
+        now = time.perf_counter()
+        if now < self._tried_at + _TRY_MORE_S or self._limit >= self._most:
+            return False
+        self._tried_at = now
+        self._limit = min(self._most, self._limit + 1 + self._limit // _TRY_ONE_MORE_IN)
+        return True
+
+    def _learn(self, message: Message) -> None:
+        """Note a 429 of the replicas': the others that are on their way are as many as they take."""
+        self._limit = min(self._limit, max(1, self._num_in_flight - 1))
+        self._tried_at = time.perf_counter()
+        wait_s = _header(message, b"retry-after")
+        self._wait_s = float(wait_s) if wait_s.isdecimal() else self._wait_s
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal: int | None = None
@@ -86,6 +109,8 @@ class FrontDoor:
             nonlocal refusal, is_started, is_over, is_stream
             if message["type"] == "http.response.start":
                 is_started = True
+                if message["status"] == 429 and scope["path"] in _LIMITED_ROUTES:
+                    self._learn(message)
                 kind = _header(message, b"content-type")
                 is_stream = kind.startswith("text/event-stream")
                 # Errors of the endpoint's are JSON.
@@ -110,6 +135,16 @@ class FrontDoor:
         elif is_stream:
             event = b"data: " + json.dumps(lost.body).encode() + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": False})
+
+
+@functools.lru_cache
+def _refusal(wait_s: float) -> tuple[Message, Message]:
+    """The messages of a 429. Made once: under overload most of what is sent is this."""
+    response = respond(queue_is_full(wait_s))
+    return (
+        {"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers},
+        {"type": "http.response.body", "body": bytes(response.body)},
+    )
 
 
 def _header(message: Message, name: bytes) -> str:

@@ -6,6 +6,7 @@ Plain ASGI, so that a stranger's body is not even read. Knows no models and no p
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,6 +20,9 @@ from jobs.endpoint.metrics import Metrics
 from pipeline.openai_api.errors import ApiError
 
 OPEN_ROUTES = ("/health", "/ready")
+
+_MAX_RETRY_AFTER_S = 60
+"""OpenAI's client waits no longer, whatever it is told."""
 
 
 class Gate:
@@ -91,12 +95,14 @@ def key_error(scope: Scope, digests: tuple[str, ...]) -> ApiError | None:
     return ApiError(401, f"the API key {what}", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
-def queue_is_full(wait_s: int) -> ApiError:
+def queue_is_full(wait_s: float) -> ApiError:
+    """wait_s: until there may be room."""
+    whole_s = min(_MAX_RETRY_AFTER_S, max(1, math.ceil(wait_s)))
     return ApiError(
         429,
-        f"the queue is full; try again in {wait_s} s",
+        f"the queue is full; try again in {whole_s} s",
         code="rate_limit_exceeded",
-        headers={"Retry-After": str(wait_s)},
+        headers={"Retry-After": str(whole_s)},
     )
 
 

@@ -29,7 +29,7 @@ def guarded():
 @pytest.fixture(scope="module")
 def narrow():
     """Room for one completion that runs and one that waits."""
-    config = settings(engine={"max_num_seqs": 1}, limits={"max_queue": 1, "max_choices": 2})
+    config = settings(engine={"max_num_seqs": 1}, limits={"max_queue": 1, "max_queue_s": 600, "max_choices": 2})
     with live_endpoint(config) as live:
         yield live
 

@@ -7,13 +7,16 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.testclient import TestClient
 
+from jobs.endpoint import front_door
 from jobs.endpoint.front_door import FrontDoor, middlewares
+from jobs.endpoint.gate import queue_is_full, respond
 from jobs.ingress import DIGESTS, MAX_IN_FLIGHT, choose_ingress, set_front_door
 
 KEY = "sk-a-key-of-a-test-0001"
@@ -120,6 +123,79 @@ def test_a_crowd_is_refused_before_serve_and_the_next_one_is_let_in() -> None:
         release.set()
         answers = await asyncio.gather(*running[1:], left)
         assert [status for status, _ in answers] == [200] * 3
+
+    asyncio.run(run())
+
+
+def test_the_door_learns_from_the_replicas_how_many_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Replicas:
+        """Take so many at once, and refuse the others."""
+
+        def __init__(self, num_places: int) -> None:
+            self.num_places = num_places
+            self.num_asked = 0
+            self.open: list[asyncio.Event] = []
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            self.num_asked += 1
+            if len(self.open) >= self.num_places:
+                await asyncio.sleep(0)
+                await respond(queue_is_full(3.2))(scope, receive, send)
+                return
+            self.open.append(asyncio.Event())
+            await self.open[-1].wait()
+            await JSONResponse({})(scope, receive, send)
+
+    now = 100.0
+    monkeypatch.setattr(front_door, "time", SimpleNamespace(perf_counter=lambda: now))
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
+
+    async def run() -> None:
+        nonlocal now
+
+        async def ask() -> tuple[int, str]:
+            sent: list[Any] = []
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await door(scope, None, send)  # type: ignore[arg-type]
+            assert len(sent) == 2 and not sent[1].get("more_body")
+            headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+            if sent[0]["status"] == 429:
+                assert json.loads(sent[1]["body"])["error"]["type"] == "rate_limit_error"
+                assert int(headers["content-length"]) == len(sent[1]["body"])
+            return sent[0]["status"], headers.get("retry-after", "")
+
+        async def crowd(size: int) -> list[asyncio.Task[tuple[int, str]]]:
+            tasks = [asyncio.create_task(ask()) for _ in range(size)]
+            await asyncio.sleep(0.01)
+            return tasks
+
+        replicas = Replicas(5)
+        door = FrontDoor(replicas, digests=(), max_in_flight=1000)
+        tasks = await crowd(40)
+        assert replicas.num_asked == 40 and len(replicas.open) == 5, "nothing is known yet"
+        tasks += await crowd(500)
+        assert replicas.num_asked == 40, "as many as they take are on their way"
+        assert {task.result() for task in tasks if task.done()} == {(429, "4")}
+        for _ in range(10):
+            now += 0.11
+            tasks += await crowd(50)
+        assert replicas.num_asked == 50, "one in each tenth of a second, to see whether it is still so"
+        replicas.open.pop().set()
+        await asyncio.sleep(0.01)
+        tasks += await crowd(50)
+        assert replicas.num_asked == 51 and len(replicas.open) == 5, "who leaves makes room"
+        replicas.num_places = 20
+        for _ in range(20):
+            now += 0.11
+            tasks += await crowd(50)
+        assert len(replicas.open) == 20
+        for event in replicas.open:
+            event.set()
+        answers = await asyncio.gather(*tasks)
+        assert [status for status, _ in answers].count(200) == 21
 
     asyncio.run(run())
 

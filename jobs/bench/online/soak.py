@@ -1,14 +1,16 @@
-"""A long load: streams, whole answers and clients that leave, at the rate that is held, then at ten times it.
+"""A long load: streams, whole answers and clients that leave, at the highest rate that is held, then at ten times it.
 
-Requests come at random moments whatever became of those before them (an open loop), as people do. The rate is found
-first: a closed loop finds what the endpoint answers per second at its fullest, and a share of that is offered. In both
-phases every request must end as an answer, a 429 with Retry-After, or the client's own leaving; memory and KV pages
-must be where they were; and at ten times the rate, the first token may take those who get in three times as long.
+Requests come at random moments whatever became of those before them (an open loop), as people do. A rate is held when
+at most one request in a hundred is refused. The highest one is found first, in short trials and then in longer ones,
+and the half of the soak that is offered it has to confirm it. In both halves every request must end as an answer, a 429
+with Retry-After, or the client's own leaving; memory and KV pages must be where they were; and at ten times the rate,
+the first token may take those who get in three times as long.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import tempfile
 import time
@@ -26,9 +28,14 @@ from jobs.bench.online.deployment import HOST, Deployment, deployed
 from jobs.bench.result import Bar
 from jobs.demo.tickets import make_tickets
 
-SHARE_OF_FULLEST = 0.65
-"""Of the answers per second at the fullest: requests at random moments come in crowds, and of more than this share some
-would find the queue full, which is no longer a load that is held."""
+MAX_REFUSED = 0.01
+"""Of the requests, at a rate that is held."""
+
+MAX_REFUSED_IN_TRIAL = 0.005
+"""Crowds come at random: of a rate at the very edge every other trial would be passed."""
+
+NUM_SHORT_TRIALS = 5
+STEP_DOWN = 0.97
 
 OVERLOAD = 10
 SHARE_STREAMED, SHARE_LEAVING = 0.5, 0.1
@@ -45,9 +52,9 @@ SETTINGS: dict[str, Any] = {
     "model": "demo",
     "served_model_name": "bench",
     "engine": {"device": "cpu", "num_threads": 1, "max_num_seqs": 16},
-    "limits": {"max_queue": 4, "max_choices": 4},
+    "limits": {"max_choices": 16},
 }
-"""As many may wait for each that runs as by default: 64 beside 256."""
+"""Who may wait is as by default."""
 
 
 @dataclass(slots=True)
@@ -59,12 +66,17 @@ class Phase:
     outcomes: Counter[str] = field(default_factory=Counter)
     first_s: list[float] = field(default_factory=list)
     rss: dict[str, list[int]] = field(default_factory=dict)
+    cores: dict[str, float] = field(default_factory=dict)  # seconds of CPU per second
     seconds: float = 0.0
     wrong: list[str] = field(default_factory=list)
 
     @property
     def p99_s(self) -> float:
         return percentile(self.first_s, 0.99)
+
+    @property
+    def share_refused(self) -> float:
+        return self.outcomes["429"] / max(1, sum(self.outcomes.values()))
 
     def growth(self, role: str) -> float:
         """Of resident memory: the mean of the last fifth over that of the second, as a share."""
@@ -83,17 +95,18 @@ def measure_soak(minutes: float, console: Console) -> tuple[bool, list[Bar], dic
 async def _soak(deployment: Deployment, minutes: float, console: Console) -> tuple[bool, list[Bar], dict[str, Any]]:
     requests = _Requests()
     fullest = await _fullest_rate(deployment, requests, seconds=min(30.0, 6 * minutes))
-    held = SHARE_OF_FULLEST * fullest
-    console.print(
-        f"at its fullest {fullest:.1f} answers per second; {held:.1f} are offered, then {OVERLOAD * held:.0f}"
-    )
+    console.print(f"at its fullest {fullest:.1f} answers per second")
+    held, trials = await _highest_rate_held(deployment, requests, fullest, minutes, console)
+    console.print(f"{held:.1f} requests per second are offered, then {OVERLOAD * held:.0f}")
     phases = []
     for phase in (Phase("capacity", held), Phase("overload", OVERLOAD * held)):
         await _offer(deployment, requests, phase, 30 * minutes)
         phases.append(phase)
         console.print(
             f"{phase.name}: {dict(phase.outcomes)}; first token p50 {percentile(phase.first_s, 0.5):.3f} s, "
-            f"p99 {phase.p99_s:.3f} s; memory "
+            f"p99 {phase.p99_s:.3f} s; cores "
+            + ", ".join(f"{role} {share:.2f}" for role, share in phase.cores.items())
+            + "; memory "
             + ", ".join(
                 f"{role} {samples[-1] >> 20} MiB ({phase.growth(role):+.1%})" for role, samples in phase.rss.items()
             )
@@ -104,13 +117,12 @@ async def _soak(deployment: Deployment, minutes: float, console: Console) -> tup
     for text in wrong[:10]:
         console.print(f"wrong: {text}")
     asked = sum(sum(phase.outcomes.values()) for phase in phases)
-    refused = {phase.name: phase.outcomes["429"] / max(1, sum(phase.outcomes.values())) for phase in phases}
     bars = [
         Bar("requests without an answer, a 429 or the client's leaving", len(wrong), 0, at_least=False),
         Bar("requests", asked, None),
         Bar("rate held", held, None, unit="requests/s"),
-        Bar("refused at the rate held", refused["capacity"], 0.01, at_least=False),
-        Bar(f"refused at {OVERLOAD} times it", refused["overload"], 0.5),
+        Bar("refused at the rate held", capacity.share_refused, MAX_REFUSED, at_least=False),
+        Bar(f"refused at {OVERLOAD} times it", overload.share_refused, 0.5),
         Bar("first token p99 at the rate held", capacity.p99_s, None, unit="s"),
         Bar(f"first token p99 at {OVERLOAD} times it", overload.p99_s, None, unit="s"),
         Bar("ratio of the two", overload.p99_s / capacity.p99_s, MAX_FIRST_TOKEN_RATIO, at_least=False, unit="x"),
@@ -127,12 +139,17 @@ async def _soak(deployment: Deployment, minutes: float, console: Console) -> tup
         "fullest_answers_per_s": round(fullest, 2),
         "share_streamed": SHARE_STREAMED,
         "share_leaving": SHARE_LEAVING,
+        "trials": [
+            {"offered_per_s": round(trial.rate, 2), "seconds": round(trial.seconds, 1), "refused": trial.share_refused}
+            for trial in trials
+        ],
         "phases": {
             phase.name: {
                 "offered_per_s": round(phase.rate, 2),
                 "sent_per_s": round(sum(phase.outcomes.values()) / phase.seconds, 2),
                 "outcomes": dict(phase.outcomes),
                 "first_token_s": {p: round(percentile(phase.first_s, p / 100), 4) for p in (50, 90, 99)},
+                "cores": {role: round(share, 3) for role, share in phase.cores.items()},
                 "rss_mib": {
                     role: [samples[0] >> 20, max(samples) >> 20, samples[-1] >> 20]
                     for role, samples in phase.rss.items()
@@ -189,14 +206,44 @@ async def _fullest_rate(deployment: Deployment, requests: _Requests, seconds: fl
     return len(counted) / (2 / 3 * seconds)
 
 
-async def _offer(deployment: Deployment, requests: _Requests, phase: Phase, seconds: float) -> None:
-    """Send at random moments, `phase.rate` per second on average; wait for the last answer."""
+async def _highest_rate_held(
+    deployment: Deployment, requests: _Requests, fullest: float, minutes: float, console: Console
+) -> tuple[float, list[Phase]]:
+    """The highest rate at which nearly nobody is refused, and the trials that say so: halving an interval in short
+    ones, then going down in long ones until one is passed with room to spare."""
+    trials: list[Phase] = []
+
+    async def is_held(rate: float, seconds: float) -> bool:
+        trial = Phase("trial", rate)
+        most = MAX_REFUSED_IN_TRIAL * rate * seconds
+        await _offer(deployment, requests, trial, seconds, max_refused=most)
+        if trial.wrong:
+            raise RuntimeError(f"a request failed in a trial: {trial.wrong[0]}")
+        trials.append(trial)
+        console.print(f"trial: {rate:.1f} per second for {trial.seconds:.0f} s, {trial.outcomes['429']} refused")
+        return trial.outcomes["429"] <= most
+
+    low, high = 0.5 * fullest, 1.05 * fullest
+    for _ in range(NUM_SHORT_TRIALS):
+        rate = (low + high) / 2
+        low, high = (rate, high) if await is_held(rate, min(30.0, 6 * minutes)) else (low, rate)
+    while not await is_held(low, min(150.0, 20 * minutes)):
+        low *= STEP_DOWN
+    return low, trials
+
+
+async def _offer(
+    deployment: Deployment, requests: _Requests, phase: Phase, seconds: float, max_refused: float = math.inf
+) -> None:
+    """Send at random moments, `phase.rate` per second on average, until more are refused than that; wait for the last
+    answer."""
     rng = random.Random(12)
     idle: list[Connection] = []
     open_tasks: set[asyncio.Task[None]] = set()
     started = due = time.perf_counter()
+    before = await asyncio.to_thread(deployment.usages)
     watching = asyncio.ensure_future(_watch(deployment, phase))
-    while due < started + seconds:
+    while due < started + seconds and phase.outcomes["429"] <= max_refused:
         await asyncio.sleep(max(0.0, due - time.perf_counter()))
         if len(open_tasks) < _MAX_CONNECTIONS:
             task = asyncio.ensure_future(_ask_once(deployment, requests, phase, idle))
@@ -204,6 +251,8 @@ async def _offer(deployment: Deployment, requests: _Requests, phase: Phase, seco
             task.add_done_callback(open_tasks.discard)
         due += rng.expovariate(phase.rate)
     phase.seconds = time.perf_counter() - started
+    after = await asyncio.to_thread(deployment.usages)
+    phase.cores = {role: (after[role].cpu_s - usage.cpu_s) / phase.seconds for role, usage in before.items()}
     if open_tasks:
         _, late = await asyncio.wait(open_tasks, timeout=_PATIENCE_S)
         phase.wrong += [f"{phase.name}: no answer within {_PATIENCE_S:g} s"] * len(late)
