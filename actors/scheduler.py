@@ -156,12 +156,9 @@ class Scheduler:
 
     def retire(self, sequence: Sequence) -> None:
         """Take a running sequence that has ended out of all later steps. Its pages stay its own until it is finished or
-        discarded, as a step that is being computed writes to them; nobody finds those of an error any more."""
+        discarded, as a step that is being computed writes to them."""
         self.running.remove(sequence)
         self._retired.add(sequence)
-        if sequence.finish_reason == "error":
-            sequence.num_computed = sequence.num_shared * self._page_size
-            self.tree.settle(sequence.nodes, sequence.num_shared, sequence.token_ids, sequence.num_computed)
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, whether it is running, waiting or retired, and give its pages to the prefix tree."""

@@ -174,9 +174,9 @@ class Speculation:
 
     @property
     def is_resting(self) -> bool:
-        """Whether nothing was guessed for the step that is being computed, and nothing will be for the next one, but
-        what grammars force."""
-        return self._pause_left > 0 and not self._step.drafts
+        """Whether nothing will be guessed for the next step but what grammars force. Then nothing else was for the one
+        that is being computed either, since pauses begin in `learn`."""
+        return self._pause_left > 0
 
     def finish(self, sequence: Sequence) -> None:
         """Let the drafters learn from an answer."""

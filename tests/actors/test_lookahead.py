@@ -199,6 +199,20 @@ def test_an_end_that_is_not_foreseen_costs_its_row_one_step_and_no_token(make_en
     assert engine.stats.num_decode_tokens == at, "the token that was thrown away is no decoded one"
 
 
+def test_nobody_is_preempted_for_a_sequence_that_may_have_ended(make_engine, monkeypatch):
+    engine = make_engine(True, num_pages=16)
+    preempt, tails = engine.scheduler._preempt, []
+
+    def note(sequence):
+        tails.append(sequence.token_ids[-1])
+        preempt(sequence)
+
+    monkeypatch.setattr(engine.scheduler, "_preempt", note)
+    answer(engine, make_requests(8, sampling_of("greedy")))
+    assert tails and min(tails) >= 0, "all its tokens are read by then"
+    assert engine.stats.num_steps_ahead > 5
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_dropped_between_steps_take_no_other_with_them(seed, in_turn, ahead):
     requests = make_requests(14, [sampling_of(kind) for kind in [*SAMPLING, *READ_FIRST]], seed=7)
@@ -267,6 +281,19 @@ def test_rows_whose_logits_are_not_finite_leave_nothing_behind(max_tokens, make_
     assert {name for name, completion in done.items() if completion.error} == {f"bad{i}" for i in range(0, 18, 3)}
     assert {c.error.kind for c in done.values() if c.error} == {"not_finite"}
     assert essence({request.request_id: done[request.request_id] for request in requests}) == essence(expected)
+    assert not any(k.isnan().any() or v.isnan().any() for k, v in engine._runner._kv)
+
+
+def test_rubbish_is_cleared_though_the_next_step_has_copied_from_its_page(make_engine, in_turn):
+    prefix = make_prompts(1, shared=20)[0][:20]
+    sampling = SamplingParams(max_tokens=1, ignore_eos=True)
+    good = Request("good", [*prefix, 5], sampling_of("greedy"))
+    expected = essence(answer(in_turn, [good]))
+    # It waits for the prefix, of whose last page it takes a part, while nobody knows what the other row comes to.
+    engine = poisoned(make_engine(True), poison=90)
+    done = answer(engine, [Request("bad", [*prefix, 90], sampling), good])
+    assert done.pop("bad").error.kind == "not_finite"
+    assert essence(done) == expected and done["good"].usage.cached_tokens == 20
     assert not any(k.isnan().any() or v.isnan().any() for k, v in engine._runner._kv)
 
 
