@@ -12,6 +12,7 @@ Shape letters as in kernels/attention_batch.py; R query rows of a tile.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,7 +145,7 @@ def _attend_int8_kernel(
     ASM: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One program per part and key/value head. `scale` includes log2(e): the one base here is 2.
+    """One program per part, key/value head and ROWS of its rows. `scale` includes log2(e): the one base here is 2.
 
     Moves the bytes and scales of the part's range once, its queries once, and its result once. BLOCK and HALF: powers
     of two that D and D / 2 fit into. The scale of a key multiplies its score, that of a value its weight. D is a
@@ -154,14 +155,15 @@ def _attend_int8_kernel(
     kv_head = tl.program_id(1).to(tl.int64)
     first_token = tl.load(part)
     num_tokens = tl.load(part + 1)
-    if num_tokens == 0:  # padding, in a captured graph
+    first_row = tl.program_id(2) * ROWS
+    if first_row >= num_tokens * HEADS_PER_KV:  # a part of fewer rows, or padding in a captured graph
         return
     table = page_ids + tl.load(part + 2)
     start = tl.load(part + 3)
     stop = tl.load(part + 4)
     first_slot = tl.load(part + 5)
 
-    row = tl.arange(0, ROWS)
+    row = first_row + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     half_column = tl.arange(0, HALF)
     token = (first_token + row // HEADS_PER_KV).to(tl.int64)
@@ -249,7 +251,7 @@ def _attend_int8_kernel(
     if SINKS:
         # Where a token is in several parts, its sink joins when these are merged: once in either case.
         sink = tl.load(sinks + head, mask=row_inside, other=0.0) * LOG2_E
-        divisor += tl.where(first_slot < 0, tl.exp2(sink - best), 0.0)
+        divisor += tl.where(first_slot < 0, tl.exp2(sink - tl.where(empty, 0.0, best)), 0.0)
     acc = acc * (UNIT / divisor)[:, None]
     inside = row_inside[:, None] & column_inside[None, :]
     if first_slot < 0:
@@ -285,8 +287,8 @@ def attend_int8(
     num_kv_heads, page_size = k_pages.shape[1:3]
     block = max(16, 1 << (head_dim - 1).bit_length())
     half = max(16, 1 << (head_dim // 2 - 1).bit_length())
-    keys, warps, stages = int8_tile(rows, block, architecture_of(q_TND.device))
-    _attend_int8_kernel[(len(parts), num_kv_heads)](
+    tile = int8_tile(rows, block, architecture_of(q_TND.device))
+    _attend_int8_kernel[(len(parts), num_kv_heads, rows // tile.rows)](
         q_TND,
         k_pages.values,
         v_pages.values,
@@ -312,9 +314,9 @@ def attend_int8(
         num_heads,
         HEAD_DIM=head_dim,
         HEADS_PER_KV=num_heads // num_kv_heads,
-        ROWS=rows,
+        ROWS=tile.rows,
         PAGE=page_size,
-        KEYS=keys,
+        KEYS=KEYS_PER_TILE,
         BLOCK=block,
         HALF=half,
         WINDOWED=window is not None,
@@ -322,12 +324,28 @@ def attend_int8(
         SINKS=sinks_N is not None,
         LOG2_E=LOG2_E,
         ASM=q_TND.is_cuda and torch.version.hip is None and q_TND.dtype != torch.float32,
-        STAGES=stages,
-        num_warps=warps,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
     )
 
 
-def int8_tile(rows: int, block: int, architecture: str) -> tuple[int, int, int]:
-    """Keys of a tile, warps, and tiles that are on their way at once: found by compiling."""
-    is_large = rows == LARGE_ROWS
-    return KEYS_PER_TILE, 8 if is_large and block > 128 else 4, 2 if block > 128 else 3
+@dataclass(frozen=True, slots=True)
+class Int8Tile:
+    """How a part runs: query rows of a program, its warps, and the stages of its loop over keys."""
+
+    rows: int
+    warps: int
+    stages: int
+
+
+def int8_tile(rows: int, block: int, architecture: str) -> Int8Tile:
+    """The tile for parts of `rows` query rows: found by compiling, none spills.
+
+    Three stages bring one tile of keys while another is worked on, five bring two: page ids take stages too. Above 128
+    dimensions the registers hold 32 rows.
+    """
+    if rows == LARGE_ROWS:
+        return Int8Tile(32 if block > 128 else rows, 4, 3)
+    if architecture == "gfx942" or block > 128:
+        return Int8Tile(rows, 4, 3)
+    return Int8Tile(rows, 2 if block <= 64 else 4, 5)
