@@ -18,6 +18,9 @@ from pathlib import Path
 DIGESTS = "SHOAL_API_KEY_DIGESTS"
 """Of API keys, for the front door; only digests ever leave the starting process."""
 
+KEY_FILE = "SHOAL_API_KEY_FILE"
+"""A file of keys or digests for the front door, as `access.api_key_file` names one for the replicas."""
+
 MAX_IN_FLIGHT = "SHOAL_MAX_IN_FLIGHT"
 """Requests for completions that the front door lets in at the same time."""
 

@@ -21,8 +21,10 @@ from typing import Any
 from starlette.middleware import Middleware
 from starlette.types import Message, Receive, Scope, Send
 
+from jobs.endpoint.config import AccessSection
 from jobs.endpoint.gate import key_error, queue_is_full, respond
-from jobs.ingress import DIGESTS, MAX_IN_FLIGHT
+from jobs.endpoint.keys import read_key_digests
+from jobs.ingress import DIGESTS, KEY_FILE, MAX_IN_FLIGHT
 from pipeline.openai_api.errors import ApiError
 
 _TEXTS = {
@@ -43,8 +45,9 @@ _TRY_ONE_MORE_IN = 50
 
 
 def middlewares() -> list[Middleware]:
-    """For Serve's HTTP servers."""
+    """For Serve's HTTP servers. JobError if there is to be a file of keys and none is in it: nobody gets in then."""
     digests = tuple(digest for digest in os.environ.get(DIGESTS, "").split(",") if digest)
+    digests += read_key_digests(AccessSection(api_key_file=os.environ.get(KEY_FILE) or None))
     max_in_flight = int(os.environ.get(MAX_IN_FLIGHT, "0")) or None
     return [Middleware(FrontDoor, digests=digests, max_in_flight=max_in_flight)]
 

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from jobs.endpoint.config import load_endpoint
 from jobs.run import DRAIN_S
 from pipeline.job import load_job
+from pipeline.settings_file import JobError
 
 FOLDER = REPOSITORY / "deploy/kubernetes"
 JOBS = REPOSITORY / "deploy/jobs"
@@ -69,8 +70,33 @@ def test_a_field_in_the_wrong_place_is_found(path: tuple[Any, ...]) -> None:
 
 
 def test_all_clusters_have_the_same_nodes() -> None:
-    first, *others = cluster_specs().values()
+    specs = cluster_specs()
+    for group in (specs["rayservice"].head_group_spec, *specs["rayservice"].worker_group_specs):
+        (container,) = group.template.spec.containers
+        container.env = [env for env in container.env if not env.name.startswith(("RAY_SERVE_", "SHOAL_"))]
+    first, *others = specs.values()
     assert all(other == first for other in others)
+
+
+def test_a_strangers_request_meets_the_front_door_before_it_starts_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = read("rayservice", RayService).spec
+    (container,) = service.ray_cluster_config.head_group_spec.template.spec.containers
+    env = {one.name: one.value for one in container.env}
+    module, name = env["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"].split(":")
+    middlewares = getattr(importlib.import_module(module), name)
+    file = env["SHOAL_API_KEY_FILE"]
+    config = load_endpoint(str(JOBS / "serve.yaml"), {})
+    assert file == config.access.api_key_file and file.startswith(MOUNT)
+    assert any(mount.mount_path == MOUNT.rstrip("/") for mount in container.volume_mounts)
+    monkeypatch.setenv("SHOAL_API_KEY_FILE", file)
+    with pytest.raises(JobError, match=file):
+        middlewares()
+    (worker,) = service.ray_cluster_config.worker_group_specs[0].template.spec.containers
+    names = [one.name for one in worker.env]
+    from ray.serve._private import constants
+
+    for name in (*names, "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"):
+        assert hasattr(constants, name), "Ray reads a variable of this name"
 
 
 def test_a_cluster_has_no_gpu_until_there_is_work_and_at_most_four() -> None:

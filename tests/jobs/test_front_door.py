@@ -17,7 +17,8 @@ from starlette.testclient import TestClient
 from jobs.endpoint import front_door
 from jobs.endpoint.front_door import FrontDoor, middlewares
 from jobs.endpoint.gate import queue_is_full, respond
-from jobs.ingress import DIGESTS, MAX_IN_FLIGHT, choose_ingress, set_front_door
+from jobs.ingress import DIGESTS, KEY_FILE, MAX_IN_FLIGHT, choose_ingress, set_front_door
+from pipeline.settings_file import JobError
 
 KEY = "sk-a-key-of-a-test-0001"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
@@ -200,7 +201,7 @@ def test_the_door_learns_from_the_replicas_how_many_they_take(monkeypatch: pytes
     asyncio.run(run())
 
 
-def test_the_door_of_another_process_knows_whom_to_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_door_of_another_process_knows_whom_to_let_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(DIGESTS, "")
     monkeypatch.setenv(MAX_IN_FLIGHT, "0")
     (door,) = middlewares()
@@ -208,6 +209,13 @@ def test_the_door_of_another_process_knows_whom_to_let_in(monkeypatch: pytest.Mo
     set_front_door([DIGEST, DIGEST[::-1]], 7)
     (door,) = middlewares()
     assert door.kwargs == {"digests": (DIGEST, DIGEST[::-1]), "max_in_flight": 7}
+    (tmp_path / "keys").write_text(f"sk-a-key-of-a-file-0002\nsha256:{DIGEST[1:]}0\n")
+    monkeypatch.setenv(KEY_FILE, str(tmp_path / "keys"))
+    (door,) = middlewares()
+    assert len(door.kwargs["digests"]) == 4 and door.kwargs["digests"][-1] == f"{DIGEST[1:]}0"
+    (tmp_path / "keys").write_text("# none yet\n")
+    with pytest.raises(JobError, match="holds no key"):
+        middlewares()
 
 
 def test_haproxy_has_to_be_asked_for_and_gets_ports_and_sockets_of_its_own(tmp_path: Path) -> None:
