@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from actors.weights.checkpoint import load_tokenizer
 from jobs.run import named_models
-from pipeline.field_gain import settle_field_order
+from pipeline.fields.field_gain import settle_field_order
 from pipeline.job import Job, JobError, job_from_dict, load_job
 from pipeline.prompts import Renderer
 from pipeline.shards import Shard, list_shards, open_shard

@@ -25,9 +25,13 @@ from typing import TYPE_CHECKING, Any
 from jobs.cli import EXIT_BUG, EXIT_USAGE, is_users_mistake
 from jobs.named_models import named_models
 from jobs.nightly_report import describe_work, history_table, print_warnings
+from pipeline.bill.ledger import RunRecord
+from pipeline.bill.progress import new_console
 from pipeline.claim import hand_over, refuse_other_job, versions
 from pipeline.events import Event
-from pipeline.history import (
+from pipeline.job import Job, load_job
+from pipeline.lease import Lease, LeaseHeld, acquire, clock
+from pipeline.night.history import (
     FAILED,
     LEASE_LOST,
     LIMIT,
@@ -40,15 +44,11 @@ from pipeline.history import (
     read_nights,
     write_night,
 )
-from pipeline.job import Job, load_job
-from pipeline.lease import Lease, LeaseHeld, acquire, clock
-from pipeline.ledger import RunRecord
-from pipeline.leftovers import find_vanished, remove_leftovers, remove_results
-from pipeline.progress import new_console
+from pipeline.night.leftovers import find_vanished, remove_leftovers, remove_results
+from pipeline.night.usual import find_differences
 from pipeline.results import RESULTS, published_shards
 from pipeline.shards import Shard, ShardList, list_shards
 from pipeline.storage import Storage, StorageError
-from pipeline.usual import find_differences
 
 if TYPE_CHECKING:
     from actors.config import EngineConfig
@@ -250,7 +250,7 @@ class _Nightly:
 
     def _add_quality(self) -> None:
         """What the run's own check has measured, tonight or when the job was new."""
-        from pipeline.quality_gate import FILE
+        from pipeline.quality.quality_gate import FILE
 
         measured = json.loads(self.output.read_bytes(FILE))["quality"]
         self.night.quality_kl = measured["kl_mean"]["value"]

@@ -9,12 +9,12 @@ from collections.abc import Callable, Collection, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.history import SUCCESS, Night, read_nights
+from pipeline.bill.progress import count, percent, seconds, usd
 from pipeline.job import Job
-from pipeline.progress import count, percent, seconds, usd
+from pipeline.night.history import SUCCESS, Night, read_nights
+from pipeline.night.usual import MAX_NIGHTS, MIN_ROWS
 from pipeline.shards import Shard
 from pipeline.storage import Storage, public_uri
-from pipeline.usual import MAX_NIGHTS, MIN_ROWS
 
 _NUM_NAMED = 5
 

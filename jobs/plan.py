@@ -19,17 +19,17 @@ from rich.table import Table
 from actors.weights.checkpoint import check_model, load_tokenizer
 from jobs.predicted import between, describe_spent
 from jobs.run import named_models
-from pipeline.corpus_sample import CorpusSample, sample_corpus
-from pipeline.device_profile import DeviceProfile, find_profile, read_profile
-from pipeline.estimate import estimate
-from pipeline.experience import Experience, read_experience, run_pilot, runs_here
-from pipeline.field_gain import GAIN_ROWS, measure_gain, settle_field_order
+from pipeline.bill.pricing import price_of
+from pipeline.bill.progress import count, new_console, percent, seconds, usd
+from pipeline.corpus.scope import ScopeChoice, weigh_scopes
+from pipeline.fields.field_gain import GAIN_ROWS, measure_gain, settle_field_order
 from pipeline.job import Job, JobError, load_job
-from pipeline.plan_file import Plan, corpus_digest
-from pipeline.pricing import price_of
-from pipeline.progress import count, new_console, percent, seconds, usd
+from pipeline.price.corpus_sample import CorpusSample, sample_corpus
+from pipeline.price.device_profile import DeviceProfile, find_profile, read_profile
+from pipeline.price.estimate import estimate
+from pipeline.price.experience import Experience, read_experience, run_pilot, runs_here
+from pipeline.price.plan_file import Plan, corpus_digest
 from pipeline.results import published_shards
-from pipeline.scope import ScopeChoice, weigh_scopes
 from pipeline.shards import Shard, ShardList, list_shards
 from pipeline.slice_runner import max_actors
 from pipeline.storage import Storage, absolute_uri, public_uri

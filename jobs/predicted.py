@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
+from pipeline.bill.ledger import Bill, read_bill
+from pipeline.bill.progress import predicted_table, seconds, usd
 from pipeline.job import Job
-from pipeline.ledger import Bill, read_bill
-from pipeline.plan_file import Figure, Plan, corpus_digest, read_plan
-from pipeline.progress import predicted_table, seconds, usd
+from pipeline.price.plan_file import Figure, Plan, corpus_digest, read_plan
 from pipeline.shards import Shard
 from pipeline.storage import Storage
 

@@ -22,12 +22,12 @@ from actors.quality import METRICS, Estimate, Part, Quality, QualityError, RowQu
 from actors.requests import SamplingParams
 from actors.weights.checkpoint import check_model, load_tokenizer
 from jobs.run import named_models
-from pipeline.field_gain import settle_field_order
+from pipeline.bill.progress import new_console
+from pipeline.fields.field_gain import settle_field_order
 from pipeline.job import Job, JobError, explain_validation_error, job_from_dict, load_job
 from pipeline.parquet import to_parquet
-from pipeline.progress import new_console
-from pipeline.prompt_sample import SampledPrompt, sample_prompts
 from pipeline.prompts import Renderer
+from pipeline.quality.prompt_sample import SampledPrompt, sample_prompts
 from pipeline.shards import list_shards
 from pipeline.storage import Storage, absolute_uri, public_uri, split_uri
 

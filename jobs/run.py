@@ -27,17 +27,7 @@ from actors.weights.checkpoint import check_model, load_tokenizer, open_checkpoi
 from jobs.named_models import named_models
 from jobs.predicted import print_predicted, say_prediction
 from pipeline.answering import Worker
-from pipeline.claim import claim_output, refuse_other_job
-from pipeline.events import Event
-from pipeline.field_gain import measure_gain, settle_field_order
-from pipeline.graph import (
-    Graph,
-    check_pool_fits,
-    close_ray,
-    start_ray,
-)
-from pipeline.job import Job, JobError, LimitsSection, load_job
-from pipeline.ledger import (
+from pipeline.bill.ledger import (
     Bill,
     RunRecord,
     WorkerTime,
@@ -45,11 +35,21 @@ from pipeline.ledger import (
     read_metrics,
     write_run,
 )
-from pipeline.progress import Progress, Tally, bill_table, new_console
+from pipeline.bill.progress import Progress, Tally, bill_table, new_console
+from pipeline.claim import claim_output, refuse_other_job
+from pipeline.corpus.scope import choose_scope
+from pipeline.events import Event
+from pipeline.fields.field_gain import measure_gain, settle_field_order
+from pipeline.graph import (
+    Graph,
+    check_pool_fits,
+    close_ray,
+    start_ray,
+)
+from pipeline.job import Job, JobError, LimitsSection, load_job
 from pipeline.prompts import Renderer
-from pipeline.quality_gate import check_quality, keep_measured
+from pipeline.quality.quality_gate import check_quality, keep_measured
 from pipeline.results import passthrough_columns, published_shards
-from pipeline.scope import choose_scope
 from pipeline.shards import Shard, ShardList, list_shards, open_shard
 from pipeline.slice_runner import RunSpec, max_actors
 from pipeline.slices import drop_damaged, list_slices

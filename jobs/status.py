@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 
 from jobs.predicted import print_predicted
+from pipeline.bill.ledger import InProgress, read_bill, read_in_progress
+from pipeline.bill.progress import bill_table, new_console
 from pipeline.corpus_plan.manifest import CORPUS
-from pipeline.ledger import InProgress, read_bill, read_in_progress
-from pipeline.progress import bill_table, new_console
 from pipeline.storage import Storage, StorageError, public_uri
 
 

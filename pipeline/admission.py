@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pipeline.dispatch import Dispatch
+from pipeline.corpus.dispatch import Dispatch
 
 SliceKey = tuple[str, int]
 """A shard's name, or the word for the corpus, and the index of a slice in its plan."""

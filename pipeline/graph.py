@@ -4,9 +4,9 @@
     actor pool:          SliceRunner.run -> slice object          (async; the engine has its own thread)
     merge task:          slices -> results, metrics, errors       (when a shard's last slice is there)
 
-Where all shards are planned as one corpus, `pipeline.corpus_graph` plans and merges, and tickets stand for slices.
-The driver sees events only, a few hundred bytes per slice, so its memory does not grow with the corpus. Knows no
-terminal and no exit code: `jobs.run` iterates `Graph.events()`.
+Where all shards are planned as one corpus, `pipeline.corpus.corpus_graph` plans and merges, and tickets stand for
+slices. The driver sees events only, a few hundred bytes per slice, so its memory does not grow with the corpus. Knows
+no terminal and no exit code: `jobs.run` iterates `Graph.events()`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from ray.data.block import BlockMetadata
 
 from pipeline.admission import Admission, Attempt, CorpusWork, SliceKey, WorkerEnd
 from pipeline.blocks import SLICE, TICKET, block, event_block, read_event
-from pipeline.corpus_graph import CorpusRun, TicketSource, find_work, merge_corpus_task
+from pipeline.corpus.corpus_graph import CorpusRun, TicketSource, find_work, merge_corpus_task
+from pipeline.corpus.corpus_planner import share_cpus
 from pipeline.corpus_plan.manifest import CORPUS, read_planned
-from pipeline.corpus_planner import share_cpus
 from pipeline.events import Event, ShardDone, ShardFailed, ShardPlanned, SliceDone, SliceFailed, Tick
 from pipeline.faults import ShardFault
 from pipeline.job import Job, JobError

@@ -20,10 +20,10 @@ from pydantic.json_schema import SkipJsonSchema
 
 from actors.config import EngineConfig
 from actors.requests import SamplingParams
-from pipeline.field_order import FieldOrder
+from pipeline.fields.field_order import FieldOrder
+from pipeline.fields.template_fields import TemplateColumns, read_template
 from pipeline.settings_file import JobError, merge_settings, parse_override, read_yaml
 from pipeline.storage import Storage, StorageError, absolute_uri, public_uri
-from pipeline.template_fields import TemplateColumns, read_template
 
 FINGERPRINT_VERSION = 1
 """Raised whenever a new Shoal answers the same job differently."""

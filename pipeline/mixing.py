@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from actors.requests import Completion, Request
 from actors.scheduler import WORTH_WAITING_TOKENS
 from actors.step_times import StepTimes
-from pipeline.engine_simulation import EngineShape, RowNumbers, simulate
 from pipeline.prefix_plan import shared_prefix_lengths
+from pipeline.price.engine_simulation import EngineShape, RowNumbers, simulate
 
 MIN_GAIN = 0.03
 """The plan's order is left for one that is expected to be faster by this share; the simulation is no better."""

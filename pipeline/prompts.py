@@ -17,12 +17,12 @@ import pyarrow as pa
 from pydantic import ValidationError
 
 from actors.requests import RowError, SamplingParams
-from pipeline.batch_jsonl import LineRenderer, RenderedLine
+from pipeline.batch.batch_jsonl import LineRenderer, RenderedLine
+from pipeline.fields.template_fields import FIELDS, value_text, write_fields
 from pipeline.job import Job, JobError, explain_validation_error
 from pipeline.openai_api.batch_lines import row_error_of
 from pipeline.openai_api.errors import ApiError
 from pipeline.prompt_text import BadPrompt, PromptWriter, encodable, read_messages
-from pipeline.template_fields import FIELDS, value_text, write_fields
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.batch_output import publish_batch_output
+from pipeline.batch.batch_output import publish_batch_output
+from pipeline.bill.pricing import Price
 from pipeline.drafts import DrafterCount, acceptance_length, sum_drafts
 from pipeline.job import Job
 from pipeline.parquet import ParquetBuffer, read_metadata, to_parquet
-from pipeline.pricing import Price
 from pipeline.shards import Shard, ShardError, open_shard
 from pipeline.slices import ERROR_TYPE, SLICES, SliceTimes, answer_fields, read_slices
 from pipeline.storage import FileInfo, Storage

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as types
 
-from pipeline.batch_jsonl import JsonlFile, read_lines
+from pipeline.batch.batch_jsonl import JsonlFile, read_lines
 from pipeline.job import JSONL_SUFFIXES, Job, JobError
 from pipeline.storage import FileInfo, Storage, StorageError, is_glob, public_uri, split_glob, split_uri
 

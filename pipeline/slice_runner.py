@@ -22,18 +22,18 @@ from actors.scheduler import WORTH_WAITING_TOKENS
 from actors.step_times import StepTimes
 from pipeline.admission import Attempt
 from pipeline.answering import Answerer, Worker, poisonous
-from pipeline.device_profile import DeviceProfile, keep_profile
+from pipeline.bill.pricing import price_of
+from pipeline.corpus.shared_slices import publish_shared_slice
 from pipeline.drafts import DraftCounts, failures_of
-from pipeline.engine_simulation import EngineShape
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job
 from pipeline.mixing import MIXED, AnswerLengths, mix_requests
 from pipeline.parquet import read_metadata
 from pipeline.prefix_plan import ROW_BITS, Slice
-from pipeline.pricing import price_of
+from pipeline.price.device_profile import DeviceProfile, keep_profile
+from pipeline.price.engine_simulation import EngineShape
 from pipeline.saved_index import SavedIndex
 from pipeline.shards import ShardError
-from pipeline.shared_slices import publish_shared_slice
 from pipeline.slices import SliceName, SliceTimes, publish_slice, slice_table
 from pipeline.storage import FileInfo, Storage, StorageError
 
@@ -109,7 +109,7 @@ class SliceRunner:
             return []
         stats = worker.stats()
         profile = DeviceProfile.of_worker(self._spec.job, self._device, times, stats.num_pages, stats.load_s)
-        from pipeline.estimate import engine_shape  # which asks this module what a device is called
+        from pipeline.price.estimate import engine_shape  # which asks this module what a device is called
 
         self._step_times, self._engine_shape = times, engine_shape(self._spec.job, profile)
         try:

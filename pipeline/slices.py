@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.requests import Completion, SamplingParams, TokenLogprob
+from pipeline.bill.pricing import Price
 from pipeline.drafts import DraftCounts
 from pipeline.parquet import METADATA_KEY, read_metadata, to_parquet
 from pipeline.prefix_plan import PlannedRow, ShardPlan, Slice
-from pipeline.pricing import Price
 from pipeline.shards import ShardError
 from pipeline.storage import FileInfo, Storage
 

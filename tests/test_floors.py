@@ -35,7 +35,7 @@ def test_only_the_graph_and_the_endpoints_deployment_speak_ray():
         for path in MODULES
         if any(name.split(".")[0] == "ray" for name in imported_modules(path))
     }
-    graph = {f"pipeline/{name}.py" for name in ("graph", "corpus_graph", "corpus_planner")}
+    graph = {f"pipeline/{name}.py" for name in ("graph", "corpus/corpus_graph", "corpus/corpus_planner")}
     assert speakers <= {*graph, "jobs/serve.py"}
 
 

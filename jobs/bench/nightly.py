@@ -21,8 +21,8 @@ import yaml
 from jobs.bench.result import Bar, BenchResult
 from jobs.named_models import named_models
 from pipeline.claim import claim_output
-from pipeline.history import NOTHING_NEW, read_nights
 from pipeline.job import Job, load_job
+from pipeline.night.history import NOTHING_NEW, read_nights
 from pipeline.parquet import to_parquet
 from pipeline.results import RESULTS
 from pipeline.shards import list_shards

@@ -24,7 +24,7 @@ from actors.requests import Request
 from jobs.endpoint.batches import BATCHES, BatchStore
 from jobs.endpoint.desk import Desk
 from jobs.endpoint.files import FILES
-from pipeline.batch_jsonl import RawLine, read_lines
+from pipeline.batch.batch_jsonl import RawLine, read_lines
 from pipeline.lease import LeaseHeld, acquire
 from pipeline.openai_api.answers import ChatAnswer, TextAnswer
 from pipeline.openai_api.batch_lines import (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from pipeline.corpus.shared_slices import Kept
 from pipeline.corpus_plan.manifest import (
     CORPUS,
     MANIFEST,
@@ -21,7 +22,6 @@ from pipeline.corpus_plan.manifest import (
 )
 from pipeline.results import RESULTS, is_published
 from pipeline.shards import Shard, ShardError
-from pipeline.shared_slices import Kept
 from pipeline.storage import Storage
 
 

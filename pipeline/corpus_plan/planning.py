@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.corpus.shared_slices import answered_rows
 from pipeline.corpus_plan.key_ranges import RANGE_WEIGHT, choose_ranges, shards_of
 from pipeline.corpus_plan.manifest import (
     CORPUS,
@@ -32,7 +33,6 @@ from pipeline.corpus_plan.merging import RangePlan, merge_range
 from pipeline.corpus_plan.sorted_runs import RUN_WEIGHT, count_shared, sort_shard
 from pipeline.job import Job
 from pipeline.shards import Shard
-from pipeline.shared_slices import answered_rows
 from pipeline.slices import SLICES, list_slices
 from pipeline.storage import Storage
 

@@ -1,7 +1,7 @@
 """Lines of OpenAI's Batch format: what one asks for, and what is answered to it.
 
 A line is a JSON object with `custom_id`, `method`, `url` and `body`; the body is a request as the endpoint reads it.
-Knows no files. Called by `pipeline.batch_jsonl` for jobs and by the endpoint for /v1/batches.
+Knows no files. Called by `pipeline.batch.batch_jsonl` for jobs and by the endpoint for /v1/batches.
 """
 
 from __future__ import annotations

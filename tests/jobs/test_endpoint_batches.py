@@ -125,7 +125,7 @@ def test_a_file_that_is_no_batch_fails_with_the_line_s_number(client, case):
 
 
 def test_a_line_beyond_the_limit_fails_the_batch_and_costs_no_memory(client, monkeypatch):
-    from pipeline import batch_jsonl
+    from pipeline.batch import batch_jsonl
     from pipeline.openai_api import batch_lines
 
     monkeypatch.setattr(batch_jsonl, "MAX_LINE_BYTES", 1000)

@@ -20,11 +20,21 @@ import jobs.nightly
 from jobs import cli
 from jobs.nightly import EXIT_HELD, EXIT_UNUSUAL, NightlySettings, foretell, nightly, show_history
 from jobs.run import run
-from pipeline.history import KILLED, LEASE_LOST, LIMIT, NOTHING_NEW, STOPPED, SUCCESS, Night, read_nights, write_night
 from pipeline.job import FingerprintMismatch, load_job
 from pipeline.lease import FOLDER as LEASE_FOLDER
 from pipeline.lease import Lease, acquire
-from pipeline.leftovers import MIN_AGE_S, remove_leftovers
+from pipeline.night.history import (
+    KILLED,
+    LEASE_LOST,
+    LIMIT,
+    NOTHING_NEW,
+    STOPPED,
+    SUCCESS,
+    Night,
+    read_nights,
+    write_night,
+)
+from pipeline.night.leftovers import MIN_AGE_S, remove_leftovers
 from pipeline.shards import list_shards
 from pipeline.storage import Storage
 

@@ -16,9 +16,9 @@ from jobs import cli
 from jobs.plan import PlanSettings, bar, make_plan
 from jobs.run import run
 from jobs.status import status
+from pipeline.bill.ledger import read_bill
 from pipeline.job import load_job
-from pipeline.ledger import read_bill
-from pipeline.plan_file import Figure, Plan, read_plan
+from pipeline.price.plan_file import Figure, Plan, read_plan
 from pipeline.storage import Storage
 
 EXIT_DONE, EXIT_USAGE = 0, 2
@@ -101,7 +101,7 @@ def test_a_pilot_that_is_not_possible_is_said(write_corpus, write_job, monkeypat
 def test_a_machine_that_others_use_is_said_and_their_time_is_not_counted(write_corpus, write_job, monkeypatch):
     write_corpus({"a": prompts(40)})
     half = SimpleNamespace(perf_counter=time.perf_counter, thread_time=lambda: time.perf_counter() / 2)
-    monkeypatch.setattr("pipeline.experience.time", half)
+    monkeypatch.setattr("pipeline.price.experience.time", half)
     notes = planned(write_job()).estimate.notes
     assert any("the pilot had its core for 50% of the time" in note for note in notes), notes
 

@@ -15,7 +15,7 @@ from actors.config import EngineConfig
 from actors.engine import Engine
 from actors.requests import SamplingParams
 from jobs.run import named_models, run
-from pipeline.ledger import ROUNDING, read_bill
+from pipeline.bill.ledger import ROUNDING, read_bill
 from pipeline.storage import Storage
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

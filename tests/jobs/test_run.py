@@ -15,8 +15,8 @@ import pytest
 from jobs import cli
 from jobs.run import check_speculation, claim_output, run
 from jobs.status import status
+from pipeline.bill.ledger import ROUNDING, read_metrics, read_runs
 from pipeline.job import JobError, load_job
-from pipeline.ledger import ROUNDING, read_metrics, read_runs
 from pipeline.storage import Storage, StorageError
 
 EXIT_USAGE, EXIT_ERRORS, EXIT_LIMIT, EXIT_FINGERPRINT = 2, 3, 4, 5

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from pipeline.admission import MAX_ATTEMPTS, Admission, CorpusWork
-from pipeline.dispatch import Dispatch
+from pipeline.corpus.dispatch import Dispatch
 
 SLICE = ("a", 0)
 

@@ -14,10 +14,10 @@ from actors.scheduler import Scheduler
 from actors.sequence import Sequence
 from actors.step_times import StepTimes
 from pipeline.admission import Admission
-from pipeline.engine_simulation import EngineShape, RowNumbers
 from pipeline.job import job_from_dict
 from pipeline.mixing import MIXED, AnswerLengths, group_starts, mix_requests, mixed_order
 from pipeline.prefix_plan import PlannedRow, Slice, shared_prefix_lengths
+from pipeline.price.engine_simulation import EngineShape, RowNumbers
 from pipeline.slice_runner import RunSpec, SliceRunner
 from pipeline.slices import read_slices
 from pipeline.storage import Storage

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.requests import Completion, Output, RowError, TokenLogprob, Usage
+from pipeline.bill.pricing import Price
 from pipeline.drafts import DraftCounts, DrafterCount
 from pipeline.job import Job, job_from_dict
 from pipeline.prefix_plan import PlannedRow, Slice
-from pipeline.pricing import Price
 from pipeline.results import (
     METRICS_SCHEMA,
     OutputError,

@@ -18,8 +18,8 @@ from actors.weights.checkpoint import load_tokenizer
 from jobs.run import run
 from jobs.status import status
 from pipeline.admission import Admission
+from pipeline.bill.ledger import read_metrics, read_runs
 from pipeline.job import FingerprintMismatch, Job, load_job
-from pipeline.ledger import read_metrics, read_runs
 from pipeline.prefix_plan import plan_shard
 from pipeline.shards import Shard, list_shards
 from pipeline.slice_runner import RunSpec, SliceRunner

@@ -15,8 +15,8 @@ from driver import Driver, undisturbed_responses
 
 from jobs.run import run
 from jobs.status import status
+from pipeline.bill.ledger import read_metrics, read_runs
 from pipeline.job import load_job
-from pipeline.ledger import read_metrics, read_runs
 from pipeline.slices import list_slices
 from pipeline.storage import Storage
 

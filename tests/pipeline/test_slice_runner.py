@@ -14,12 +14,12 @@ from fake_worker import ACCEPTED, DRAFTED, FIRST_CHARACTER, FakeWorker, FakeWork
 
 from actors.requests import Completion, Output, RowError, Usage
 from pipeline.admission import Admission
+from pipeline.bill.ledger import add_up, read_metrics
+from pipeline.bill.progress import _describe_lost
 from pipeline.drafts import DrafterCount, sum_drafts
 from pipeline.events import SliceDone, SliceDropped
 from pipeline.job import Job, job_from_dict
-from pipeline.ledger import add_up, read_metrics
 from pipeline.prefix_plan import PlannedRow, Slice
-from pipeline.progress import _describe_lost
 from pipeline.results import merge_shard
 from pipeline.shards import list_shards
 from pipeline.slice_runner import RunSpec, SliceRunner

@@ -21,9 +21,9 @@ from jobs.bench.result import Bar
 from jobs.named_models import named_models
 from jobs.plan import PlanSettings, make_plan
 from jobs.run import run
+from pipeline.bill.ledger import Bill, read_bill
 from pipeline.job import load_job
-from pipeline.ledger import Bill, read_bill
-from pipeline.plan_file import Plan
+from pipeline.price.plan_file import Plan
 from pipeline.storage import Storage
 
 MIN_INSIDE = 0.9

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from actors.config import EngineConfig
 from actors.worker import EngineWorker
 from jobs.run import run
+from pipeline.bill.ledger import Bill, read_bill
 from pipeline.job import load_job
-from pipeline.ledger import Bill, read_bill
 from pipeline.storage import Storage
 
 

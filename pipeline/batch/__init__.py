@@ -1,0 +1,1 @@
+"""OpenAI's Batch files: as a corpus, and as what comes out."""
