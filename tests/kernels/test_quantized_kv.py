@@ -11,6 +11,7 @@ from kernels import attention_plan, backend
 from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
 from kernels.compare import compare
 from kernels.cpu_attention import paged_attention_cpu
+from kernels.draft_tree import tree_mask
 from kernels.paged_attention import paged_attention_reference, paged_attention_triton
 from kernels.quantized_kv import (
     QuantizedPages,
@@ -228,11 +229,11 @@ def spoil_unread(step):
     return step
 
 
-def assert_in_budget(result, q, k_pages, v_pages, batch, scale, window, rounded):
+def assert_in_budget(result, q, k_pages, v_pages, batch, scale, window, rounded, sinks=None):
     exact = (k_pages.dequantize(), v_pages.dequantize())
     dense = [x.to(q.dtype) for x in exact]
-    reference = paged_attention_reference(q, *(dense if rounded else exact), batch, scale, window)
-    in_dtype = paged_attention_reference(q, *dense, batch, scale, window, dtype=q.dtype)
+    reference = paged_attention_reference(q, *(dense if rounded else exact), batch, scale, window, sinks_N=sinks)
+    in_dtype = paged_attention_reference(q, *dense, batch, scale, window, q.dtype, sinks)
     report = compare(result.flatten(1), in_dtype.flatten(1), reference.flatten(1))
     assert report.holds, report
 
@@ -277,6 +278,18 @@ def test_triton_attends_to_pages_of_any_shape(shape, name, device, small_splits,
         name = "chunks and drafts"  # a group's pages are full
     step = spoil_unread(make_step(name, **settings))
     assert_in_budget(paged_attention_triton(*step), *step, rounded=False)
+
+
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("with_trees", [False, True])
+def test_triton_knows_trees_of_drafts_and_sinks(with_trees, window, has_sinks, device, small_splits, guarded):
+    step = make_step("a group beside others", torch.device("meta"), torch.bfloat16, window=window, device=device)
+    spoil_unread(step)
+    if with_trees:
+        step[3].trees.update({2: tree_mask([-1, 0, 0]), 4: tree_mask([-1, 0, 0, 1, 1, 2, -1, 6, *range(11), 7])})
+    sinks = torch.tensor([0.0, 2.0, -3.0, math.log(9.0)], device=device) if has_sinks else None
+    assert_in_budget(paged_attention_triton(*step, sinks_N=sinks), *step, rounded=False, sinks=sinks)
 
 
 def test_triton_attends_at_the_sizes_used_in_earnest(device, guarded, monkeypatch):
