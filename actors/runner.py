@@ -7,7 +7,6 @@ tokens (`kernels.sampling.likeliest` counts ties). Knows no waiting and no stopp
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,30 +14,17 @@ import torch
 from numpy.typing import NDArray
 
 from actors.decoder import Decoder, clear_pages, copy_slots
-from actors.drafters.grammar import ban
 from actors.prefix_groups import group_by_prefix
 from actors.sampled_tokens import SampledToken, SampledTokens
-from actors.sampling_tensors import keyed_sampling, to_device
+from actors.sampling_tensors import Position, SamplingTensors, to_device
 from actors.scheduler import StepPlan
 from actors.sequence import UNKNOWN_TOKEN, Sequence
 from actors.step_graphs import Capture, StepArrays, StepGraphs, UnreadTokens
 from actors.step_times import StepTimes
-from actors.stopping import banned_tokens
 from kernels.attention_batch import AttentionBatch, PrefixGroup
 from kernels.attention_plan import ranges
 from kernels.backend import sample
 from kernels.quantized_kv import clear_slots
-from kernels.sampling import AllowedTokens, Penalties, SamplingBatch
-
-
-@dataclass(frozen=True, slots=True)
-class _Position:
-    """A place where a token is sampled: after all that a sequence knows and the first `num_drafts` of its draft."""
-
-    sequence: Sequence
-    draft: list[int]
-    num_drafts: int
-
 
 _NO_DRAFT: list[int] = []
 
@@ -52,6 +38,7 @@ class Runner:
         self._page_size = page_size
         self._enable_prefix_groups = enable_prefix_groups
         self._kv = decoder.new_kv(num_pages, page_size)
+        self._sampling = SamplingTensors(decoder.eos_token_ids, decoder.device)
         self._graphs: StepGraphs | None = None
         self._tables: dict[Sequence, tuple[list[int], NDArray[np.int64]]] = {}
         self._grouped: list[Sequence] = []
@@ -140,16 +127,21 @@ class Runner:
         drafts: list[list[int]],
         batch: AttentionBatch,
         before: SampledTokens | None,
-    ) -> tuple[torch.Tensor, list[_Position]]:
+    ) -> tuple[torch.Tensor, list[Position]]:
         token_ids: list[int] = []
         rows: list[int] = []
-        sampled: list[_Position] = []
+        sampled: list[Position] = []
         for sequence, draft, stop in zip(sequences, drafts, batch.context_lens):
-            token_ids += sequence.token_ids[sequence.num_computed : stop]
-            token_ids += draft
-            if stop >= len(sequence.token_ids):
-                rows += range(len(token_ids) - 1 - len(draft), len(token_ids))
-                sampled += [_Position(sequence, draft, num_drafts) for num_drafts in range(len(draft) + 1)]
+            known = sequence.token_ids
+            token_ids += known[sequence.num_computed : stop]
+            if stop < len(known):
+                continue
+            rows.append(len(token_ids) - 1)
+            sampled.append(Position(sequence, draft, 0))
+            if draft:
+                rows += range(len(token_ids), len(token_ids) + len(draft))
+                sampled += [Position(sequence, draft, num_drafts) for num_drafts in range(1, len(draft) + 1)]
+                token_ids += draft
         positions_T, slots_T = self._places(sequences, batch)
         token_ids_T = np.array(token_ids, np.int64)
         unread = None if before is None else self._unread(token_ids_T, sequences, batch.query_lens, before)
@@ -193,73 +185,15 @@ class Runner:
         page_T = np.repeat(np.cumsum(sizes) - sizes, counts) + positions_T // self._page_size
         return positions_T, np.concatenate(tables)[page_T] * self._page_size + positions_T % self._page_size
 
-    def _sample(self, logits: torch.Tensor, positions: list[_Position]) -> SampledTokens:
+    def _sample(self, logits: torch.Tensor, positions: list[Position]) -> SampledTokens:
         if not positions:
             return SampledTokens([], None)
-        result = sample(logits, build_sampling_batch(positions, self._decoder.eos_token_ids, self._device))
+        result = sample(logits, self._sampling.batch(positions))
         return SampledTokens([position.sequence for position in positions], result)
 
     def clear_pages(self, pages: list[int]) -> None:
         """Zero pages. Slots that are not valid yet are masked in attention, but NaN times a weight of 0 is NaN."""
         clear_pages(self._kv, pages)
-
-
-def build_sampling_batch(
-    positions: list[_Position], eos_token_ids: tuple[int, ...], device: torch.device
-) -> SamplingBatch:
-    """Gather how each token is sampled; the position of a token is its index in the whole sequence."""
-    banned = [
-        (row, token)
-        for row, position in enumerate(positions)
-        if position.sequence.matcher is None
-        for token in banned_tokens(position.sequence, position.num_drafts, eos_token_ids)
-    ]
-    sequences = [position.sequence for position in positions]
-    places = [len(position.sequence.token_ids) + position.num_drafts for position in positions]
-    return replace(
-        keyed_sampling(sequences, places, device),
-        num_top_logprobs=max((sequence.request.sampling.logprobs or 0) for sequence in sequences),
-        penalties=_build_penalties(positions, device),
-        banned=banned or None,
-        allowed=_build_allowed(positions, eos_token_ids, device),
-    )
-
-
-def _build_allowed(
-    positions: list[_Position], eos_token_ids: tuple[int, ...], device: torch.device
-) -> AllowedTokens | None:
-    rows = [row for row, position in enumerate(positions) if position.sequence.matcher is not None]
-    if not rows:
-        return None
-    matcher = positions[rows[0]].sequence.matcher
-    assert matcher is not None
-    words_MW = np.empty((len(rows), matcher.num_words), np.int32)
-    for index, row in enumerate(rows):
-        position = positions[row]
-        # The places of a sequence stand together, and are all filled with the first of them.
-        if position.num_drafts == 0 and position.sequence.matcher is not None:
-            position.sequence.matcher.fill_masks(position.draft, words_MW[index : index + 1 + len(position.draft)])
-        banned = banned_tokens(position.sequence, position.num_drafts, eos_token_ids)
-        if banned:
-            ban(words_MW[index], banned)
-    return AllowedTokens(rows, torch.from_numpy(words_MW).to(device))
-
-
-def _build_penalties(positions: list[_Position], device: torch.device) -> Penalties | None:
-    params = [position.sequence.request.sampling for position in positions]
-    if not any(p.has_penalties for p in params):
-        return None
-    counts = [position.sequence.count_tokens(position.draft[: position.num_drafts]) for position in positions]
-    longest = max(len(count) for count in counts)
-    ids = [[*count.keys(), *[-1] * (longest - len(count))] for count in counts]
-    times = [[*count.values(), *[0] * (longest - len(count))] for count in counts]
-    return Penalties(
-        token_ids_BL=torch.tensor(ids, dtype=torch.int64, device=device),
-        output_counts_BL=torch.tensor(times, dtype=torch.int32, device=device),
-        repetition_B=torch.tensor([p.repetition_penalty for p in params], dtype=torch.float32, device=device),
-        presence_B=torch.tensor([p.presence_penalty for p in params], dtype=torch.float32, device=device),
-        frequency_B=torch.tensor([p.frequency_penalty for p in params], dtype=torch.float32, device=device),
-    )
 
 
 def _weigh(batch: AttentionBatch, times: StepTimes) -> list[float]:
