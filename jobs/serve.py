@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.util.metrics import Gauge
 
 from actors.weights.checkpoint import check_model
 from jobs.endpoint.app import make_app
@@ -31,6 +32,9 @@ APPLICATION = "shoal"
 _SPARE_CALLS = 64
 """Requests that a replica takes beyond its places, so that it is the endpoint that refuses them, with 429."""
 
+_METRICS_S = 5.0
+"""Between two looks at the metrics; Ray itself reports every ten seconds."""
+
 _ENDING_S = 30
 """For a replica to go once it is empty."""
 
@@ -41,9 +45,21 @@ class Replica:
     def __init__(self, config: EndpointConfig, digests: tuple[str, ...]) -> None:
         self._endpoint = open_endpoint(config)
         self._digests = digests
+        self._gauges: dict[str, Gauge] = {}
+        name = serve.get_replica_context().replica_tag
+        threading.Thread(target=self._tell_ray, args=[name], name="metrics", daemon=True).start()
 
     def __serve_build_asgi_app__(self) -> Any:
         return make_app(self._endpoint, self._digests)
+
+    def _tell_ray(self, replica: str) -> None:
+        """Hand what /metrics shows to Ray again and again: there all replicas are to be seen, each by its name."""
+        while True:
+            for name, labels, value in self._endpoint.desk.metrics.samples():
+                if name not in self._gauges:
+                    self._gauges[name] = Gauge(name, tag_keys=("replica", *labels))
+                self._gauges[name].set(value, {"replica": replica, **labels})
+            time.sleep(_METRICS_S)
 
     def check_health(self) -> None:
         """Serve asks this every few seconds, and replaces a replica that raises."""

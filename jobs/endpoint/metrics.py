@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -54,6 +54,13 @@ class Metrics:
     def text(self) -> bytes:
         """The whole page, in Prometheus' text format."""
         return generate_latest(self._registry)
+
+    def samples(self) -> Iterator[tuple[str, Mapping[str, str], float]]:
+        """All that stands on the page: name, labels and value."""
+        for family in self._registry.collect():
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    yield sample.name, sample.labels, sample.value
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"shoal_{name}", about, labels, registry=self._registry)

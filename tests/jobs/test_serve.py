@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from batch_files import chat, read, start, wait
 from live_endpoint import ENGINE, settings
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -169,6 +170,66 @@ def test_a_replica_that_dies_ends_its_streams_with_an_error_and_another_takes_ov
     assert client.completions.create(**ask).choices[0].text == before
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_of_two_replicas_both_answer_and_one_that_dies_takes_only_what_it_has_in_hand(
+    serve_on: Callable[..., str], tmp_path: Path
+) -> None:
+    sections: dict[str, dict[str, object]] = {
+        "replicas": {"min": 2, "max": 2, "num_cpus": 0.5},
+        "engine": {"max_num_seqs": 16},
+        "limits": {"max_choices": 16, "max_queue_s": 600},
+    }
+    url = serve_on(**sections, batches={"storage": str(tmp_path)})
+    assert len(_replicas_of(os.getpid())) == 2
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=600, max_retries=30)
+    lines = [chat(f"row-{number}", max_tokens=200, ignore_eos=True) for number in range(80)]
+    batch = wait(client, start(client, lines), until=("in_progress",))
+
+    _wait_until(lambda: len(_replicas_seen_by_ray()) == 2, within_s=120)
+    first = {"model": "demo", "prompt": "Order 7", "max_tokens": 8, "temperature": 0}
+    before = client.completions.create(**first).choices[0].text
+    all_run, outcomes = threading.Barrier(13), []
+
+    def follow() -> None:
+        with httpx2.stream("POST", f"{url}/v1/completions", json=LONG, timeout=600) as answer:
+            stream = answer.iter_lines()
+            assert answer.status_code == 200 and next(stream)
+            all_run.wait(300)
+            outcomes.append([line for line in stream if line][-1])
+
+    streams = [threading.Thread(target=follow) for _ in range(12)]
+    for thread in streams:
+        thread.start()
+    all_run.wait(300)
+    lease = max((tmp_path / "_lease").glob("*.json"))
+    psutil.Process(json.loads(lease.read_text())["pid"]).kill()  # the one that works on the batch
+    for _ in range(20):  # at once, some of them to the dead one
+        assert client.completions.create(**first).choices[0].text == before
+    for thread in streams:
+        thread.join(300)
+    ends = [
+        "done" if end == "data: [DONE]" else json.loads(end.removeprefix("data: "))["error"]["type"] for end in outcomes
+    ]
+    assert len(ends) == 12 and set(ends) == {"done", "server_error"}, "both had some, and only one died"
+
+    done = wait(client, batch, within_s=400)
+    assert (done.status, done.request_counts.completed) == ("completed", 80)
+    answers = read(client, done.output_file_id)
+    assert [answer["custom_id"] for answer in answers] == [line["custom_id"] for line in lines]
+    _wait_until(lambda: len(_replicas_of(os.getpid())) == 2, within_s=200)
+
+
+def _replicas_seen_by_ray() -> set[str]:
+    """Which replicas' metrics Ray's own endpoint has."""
+    import ray
+
+    (node,) = ray.nodes()
+    page = httpx2.get(f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics", timeout=60).text
+    samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
+    return {sample.labels["replica"] for sample in samples if sample.name == "ray_shoal_pages" and sample.value > 0}
+
+
 def _replicas_of(pid: int) -> list[psutil.Process]:
     """Of the Ray that a process started."""
     found = []
@@ -187,12 +248,21 @@ def test_serve_run_starts_what_the_configuration_file_says(tmp_path: Path) -> No
         port = config["http_options"]["port"] = free.getsockname()[1]
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     command = [str(Path(sys.executable).with_name("serve")), "run", "--address", "local", str(tmp_path / "serve.yaml")]
+    key = "sk-a-key-of-a-test-0001"
+    (tmp_path / "keys").write_text(key)
+    environment = {
+        **os.environ,
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "jobs.endpoint.front_door:middlewares",
+        "SHOAL_API_KEY_FILE": str(tmp_path / "keys"),
+    }
     with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         _wait_until(lambda: server.poll() is not None or _is_ready(port), within_s=240)
         assert server.poll() is None, (tmp_path / "log").read_text()
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        stranger = httpx2.get(f"http://127.0.0.1:{port}/v1/models", timeout=60)
+        assert stranger.status_code == 401, "replicas let everybody in here, so that was the front door"
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key)
         assert client.completions.create(model="demo", prompt="Order 7", max_tokens=4).usage.completion_tokens
         server.send_signal(signal.SIGINT)
         server.wait(120)
