@@ -47,12 +47,6 @@ def is_cuda(operation: str, x: Tensor | torch.device) -> bool:
     return device.type == "cuda"
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The RMS norm over the last dimension, of x's shape and dtype."""
-    version = kernels.rms_norm
-    return (version.rms_norm_triton if is_cuda("rms_norm", x) else version.rms_norm_cpu)(x, weight, eps)
-
-
 def add_rms_norm(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
     """Add x to the residual in place and return the RMS norm of the sum."""
     version = kernels.rms_norm
@@ -67,24 +61,6 @@ def embed_rms_norm(token_ids_T: Tensor, embedding_VH: Tensor, weight_H: Tensor, 
         version.embed_rms_norm_triton if is_cuda("embed_rms_norm", embedding_VH) else version.embed_rms_norm_cpu
     )
     return embed_norm(token_ids_T, embedding_VH, weight_H, eps)
-
-
-def rope(
-    q_TND: Tensor,
-    k_TKD: Tensor,
-    positions_T: Tensor,
-    cos_LR: Tensor,
-    sin_LR: Tensor,
-    cache: dict[Any, Any] | None = None,
-) -> None:
-    """Rotate the first 2R dimensions of q and k in place; float32 tables indexed by position.
-
-    cache: of the step (`AttentionBatch.cache`), for what all layers look up alike; it must not outlive the positions.
-    """
-    if is_cuda("rope", q_TND):
-        kernels.rope.rope_triton(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
-    else:
-        kernels.rope.rope_cpu(q_TND, k_TKD, positions_T, cos_LR, sin_LR, cache)
 
 
 def silu_mul(gate_up_TF: Tensor, deterministic: bool = False) -> Tensor:
@@ -128,16 +104,19 @@ def norm_rope_write_kv(
     """Norm (where a model does) and rotate the queries and keys of a fused projection, write keys and values into slots
     of the pages, and return the queries [T, N, D].
 
-    qkv_TMD: N heads of queries, K of keys and K of values; overwritten, and the result may be a view of it. The results
-    are those of `rms_norm`, `rope` and `write_kv` one after the other.
+    qkv_TMD: N heads of queries, K of keys and K of values; overwritten, and the result may be a view of it. Of queries
+    and keys the first 2R dimensions are rotated; the tables are float32, indexed by position. cache: of the step
+    (`AttentionBatch.cache`), for what all layers look up alike; it must not outlive the positions.
     """
-    if is_cuda("norm_rope_write_kv", qkv_TMD) and isinstance(k_pages, Tensor) and isinstance(v_pages, Tensor):
-        write = kernels.qkv.norm_rope_write_kv_triton
+    if is_cuda("norm_rope_write_kv", qkv_TMD):
+        is_fp8 = k_pages.dtype == kernels.fp8_kv.FP8
+        write = kernels.fp8_kv.norm_rope_write_fp8_triton if is_fp8 else kernels.qkv.norm_rope_write_kv_triton
         return write(qkv_TMD, norms, eps, positions_T, cos_LR, sin_LR, k_pages, v_pages, slots_T)
     q_TND, k_TKD, v_TKD = kernels.qkv.split_heads(qkv_TMD, k_pages.shape[1])
     if norms is not None:
-        q_TND, k_TKD = rms_norm(q_TND, norms[0], eps), rms_norm(k_TKD, norms[1], eps)
-    rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR, cache)
+        norm = kernels.rms_norm.rms_norm_cpu
+        q_TND, k_TKD = norm(q_TND, norms[0], eps), norm(k_TKD, norms[1], eps)
+    kernels.rope.rope_cpu(q_TND, k_TKD, positions_T, cos_LR, sin_LR, cache)
     write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
     return q_TND
 

@@ -87,8 +87,8 @@ def norm_rope_write_kernel(
             at = qkv + token * stride_token + (num_q_heads + head) * stride_head
             head = head.to(tl.int64)
             at_scale = page * scale_stride_page + head * scale_stride_head + in_page
-            factor = 1.0
             if block < NUM_Q_BLOCKS + NUM_KV_BLOCKS:
+                factor = 1.0  # of dense pages
                 at_table = tl.load(positions + token) * table_stride + low
                 a, b, inverse = _load_rotated(
                     at, k_norm, cos + at_table, sin + at_table, inside, head_dim, half, eps, HAS_NORM, BLOCK, HALF

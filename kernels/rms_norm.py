@@ -1,4 +1,4 @@
-"""RMS norm, alone, and with the residual sum or the embedding's lookup before it. Called through kernels.backend.
+"""RMS norm, with the residual sum or the embedding's lookup before it. Called through kernels.backend.
 
     y = w * round(x / sqrt(mean(x^2) + eps))
 
@@ -26,37 +26,31 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton_kernel
-def _rms_norm_kernel(
+def _add_rms_norm_kernel(
     x,
     residual,
     weight,
     y,
     num_rows,
-    num_inner,
-    x_stride_outer,
-    x_stride_inner,
+    x_stride,
     residual_stride,
     width,
     eps,
-    HAS_RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS rows per program. Moves x, the weight and y once (and the residual twice)."""
+    """ROWS rows per program. Moves x, the weight and y once, the residual twice."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row[:, None] < num_rows) & (column[None, :] < width)
-    row = row.to(tl.int64)
-    x_row = (row // num_inner) * x_stride_outer + (row % num_inner) * x_stride_inner
-    values = tl.load(x + x_row[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    if HAS_RESIDUAL:
-        at = residual + row[:, None] * residual_stride + column[None, :]
-        values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        rounded = values.to(residual.dtype.element_ty)
-        tl.store(at, rounded, mask=inside)
-        values = rounded.to(tl.float32)
-    out = _normed(values, weight, column, width, eps, y.dtype.element_ty)
-    tl.store(y + row[:, None] * width + column[None, :], out, mask=inside)
+    row = row.to(tl.int64)[:, None]
+    values = tl.load(x + row * x_stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    at = residual + row * residual_stride + column[None, :]
+    values += tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    rounded = values.to(residual.dtype.element_ty)
+    tl.store(at, rounded, mask=inside)
+    out = _normed(rounded.to(tl.float32), weight, column, width, eps, y.dtype.element_ty)
+    tl.store(y + row * width + column[None, :], out, mask=inside)
 
 
 @triton_kernel
@@ -97,30 +91,30 @@ def _embed_rms_norm_kernel(
     tl.store(y + at_out, _normed(values, weight, column, width, eps, y.dtype.element_ty), mask=inside)
 
 
-def rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm over the last dimension; any leading dimensions, of which two may have any stride.
-
-    The width may be odd, up to 65536.
-    """
-    check_rms_norm(x, weight)
-    if x.stride(-1) != 1 or x.ndim > 3:
-        x = x.contiguous()
-    shape = x.shape
-    if x.ndim != 3:
-        x = x.reshape(1, -1, shape[-1]) if x.is_contiguous() else x.unsqueeze(0)
-    y = torch.empty(shape, dtype=x.dtype, device=x.device)
-    _launch(x, None, weight, y, eps)
-    return y
-
-
 def add_rms_norm_triton(x_TH: Tensor, residual_TH: Tensor, weight_H: Tensor, eps: float) -> Tensor:
-    """Add x to the residual in place and return the norm of the sum. Rows may have any stride."""
+    """Add x to the residual in place and return the norm of the sum. Rows may have any stride; up to 65536 columns."""
     check_rms_norm(x_TH, weight_H)
     check_residual(x_TH, residual_TH)
     if x_TH.stride(-1) != 1:
         x_TH = x_TH.contiguous()
     y_TH = torch.empty(x_TH.shape, dtype=x_TH.dtype, device=x_TH.device)
-    _launch(x_TH.unsqueeze(0), residual_TH, weight_H, y_TH, eps)
+    num_tokens, width = x_TH.shape
+    if num_tokens:
+        block, rows, num_warps = _tile(width)
+        _add_rms_norm_kernel[(-(-num_tokens // rows),)](
+            x_TH,
+            residual_TH,
+            weight_H,
+            y_TH,
+            num_tokens,
+            x_TH.stride(0),
+            residual_TH.stride(0),
+            width,
+            eps,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
     return y_TH
 
 
@@ -159,31 +153,6 @@ def _tile(width: int) -> tuple[int, int, int]:
     """Columns, rows and warps of a program."""
     block = 1 << (width - 1).bit_length()
     return block, max(1, 1024 // block), min(max(block // 512, 4), 32)
-
-
-def _launch(x_OIH: Tensor, residual_TH: Tensor | None, weight_H: Tensor, y: Tensor, eps: float) -> None:
-    num_outer, num_inner, width = x_OIH.shape
-    num_rows = num_outer * num_inner
-    if not num_rows:
-        return
-    block, rows, num_warps = _tile(width)
-    _rms_norm_kernel[(-(-num_rows // rows),)](
-        x_OIH,
-        residual_TH if residual_TH is not None else y,
-        weight_H,
-        y,
-        num_rows,
-        num_inner,
-        x_OIH.stride(0),
-        x_OIH.stride(1),
-        residual_TH.stride(0) if residual_TH is not None else 0,
-        width,
-        eps,
-        HAS_RESIDUAL=residual_TH is not None,
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=num_warps,
-    )
 
 
 def check_rms_norm(x: Tensor, weight: Tensor) -> None:

@@ -1,97 +1,19 @@
-"""Rotary position embedding, in place on queries and keys. Called through kernels.backend.
+"""Rotary position embedding on a CPU, in place on queries and keys; on a GPU it is a part of kernels/qkv.py's kernel.
 
     (a, b) -> (a cos - b sin, b cos + a sin)
 
 Su et al. 2021, in GPT-NeoX's halves: a = x[:R], b = x[R:2R]; x[2R:] stays as it is (partial rotary). The tables are
 indexed by position, so a model's scaling (linear, dynamic, YaRN, Llama 3, LongRoPE) is wholly in them.
 
-Shape letters as in kernels/attention_batch.py; L positions of the tables, R their width.
+Called by kernels.backend. Shape letters as in kernels/attention_batch.py; L positions of the tables, R their width.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from kernels.on_demand import triton_kernel
-
-if TYPE_CHECKING:
-    import triton.language as tl
-
-
-@triton_kernel
-def _rope_kernel(
-    q,
-    k,
-    positions,
-    cos,
-    sin,
-    q_stride_token,
-    q_stride_head,
-    k_stride_token,
-    k_stride_head,
-    table_stride,
-    num_q_heads,
-    num_k_heads,
-    half,
-    NUM_Q_BLOCKS: tl.constexpr,
-    HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One program per token and HEADS heads of q or of k. Reads and writes 2R of each head once."""
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
-    if block < NUM_Q_BLOCKS:
-        head = block * HEADS + tl.arange(0, HEADS)
-        at = q + token * q_stride_token + head * q_stride_head
-        num_heads = num_q_heads
-    else:
-        head = (block - NUM_Q_BLOCKS) * HEADS + tl.arange(0, HEADS)
-        at = k + token * k_stride_token + head * k_stride_head
-        num_heads = num_k_heads
-    column = tl.arange(0, BLOCK)
-    row = tl.load(positions + token) * table_stride + column
-    c = tl.load(cos + row, mask=column < half, other=0.0)[None, :]
-    s = tl.load(sin + row, mask=column < half, other=0.0)[None, :]
-    inside = (head[:, None] < num_heads) & (column[None, :] < half)
-    at_a = at[:, None] + column[None, :]
-    a = tl.load(at_a, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(at_a + half, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at_a, (a * c - b * s).to(q.dtype.element_ty), mask=inside)
-    tl.store(at_a + half, (b * c + a * s).to(q.dtype.element_ty), mask=inside)
-
-
-def rope_triton(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:
-    """Rotate q and k in place. Any number of heads, any R up to D / 2; tokens and heads may have any stride."""
-    check_rope(q_TND, k_TKD, positions_T, cos_LR, sin_LR)
-    num_tokens, num_q_heads, _ = q_TND.shape
-    num_k_heads, half = k_TKD.shape[1], cos_LR.shape[1]
-    if not num_tokens:
-        return
-    block = 1 << (half - 1).bit_length()
-    heads = max(1, min(1 << (num_q_heads - 1).bit_length(), 1024 // block))
-    num_q_blocks, num_k_blocks = -(-num_q_heads // heads), -(-num_k_heads // heads)
-    _rope_kernel[(num_tokens, num_q_blocks + num_k_blocks)](
-        q_TND,
-        k_TKD,
-        positions_T,
-        cos_LR,
-        sin_LR,
-        q_TND.stride(0),
-        q_TND.stride(1),
-        k_TKD.stride(0),
-        k_TKD.stride(1),
-        cos_LR.stride(0),
-        num_q_heads,
-        num_k_heads,
-        half,
-        NUM_Q_BLOCKS=num_q_blocks,
-        HEADS=heads,
-        BLOCK=block,
-        num_warps=4,
-    )
 
 
 def check_rope(q_TND: Tensor, k_TKD: Tensor, positions_T: Tensor, cos_LR: Tensor, sin_LR: Tensor) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from kernels import backend
 from kernels.int4_linear import QuantizedWeight
+from kernels.rope import rope_cpu
 from kernels.sampling import SamplingBatch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,14 +29,15 @@ from kernels.attention_batch import AttentionBatch, new_kv_pages
 from kernels.sampling import SamplingBatch
 
 x, weight = torch.randn(3, 8), torch.ones(8)
-backend.rms_norm(x, weight, 1e-5)
 backend.add_rms_norm(x, x.clone(), weight, 1e-5)
 backend.silu_mul(x)
 backend.embed_rms_norm(torch.arange(3), x, weight, 1e-5)
-q, k = torch.randn(3, 2, 16), torch.randn(3, 1, 16)
-backend.rope(q, k, torch.arange(3), torch.ones(3, 8), torch.zeros(3, 8))
+qkv = torch.randn(3, 4, 16)
+q, k = qkv[:, :2], qkv[:, 2:3]
 pages = new_kv_pages(2, 1, 4, 16, torch.float32, torch.device("cpu"))
 backend.write_kv(k, k, *pages, torch.arange(3))
+turns = torch.arange(3), torch.ones(3, 8), torch.zeros(3, 8)
+backend.norm_rope_write_kv(qkv, (torch.ones(16),) * 2, 1e-5, *turns, *pages, torch.arange(3))
 backend.paged_attention(q, *pages, AttentionBatch([3], [3], [[0]], 4), 0.25)
 backend.prepare_linear(torch.randn(4, 8), None, dtype=torch.float32, device=torch.device("cpu"))(x)
 ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int64)
@@ -50,8 +52,8 @@ def test_every_operation_runs_on_a_cpu_without_triton():
 
 def test_a_device_without_a_version_is_refused_and_not_served_by_another():
     x = torch.zeros(2, 8, device="meta")
-    with pytest.raises(ValueError, match="rms_norm: no version for device meta; use cpu or cuda"):
-        backend.rms_norm(x, torch.ones(8), 1e-5)
+    with pytest.raises(ValueError, match="add_rms_norm: no version for device meta; use cpu or cuda"):
+        backend.add_rms_norm(x, x, torch.ones(8), 1e-5)
     with pytest.raises(ValueError, match="prepare_linear: no version for device meta"):
         backend.prepare_linear(x, None, dtype=torch.float32, device=torch.device("meta"))
 
@@ -112,11 +114,15 @@ def write_arguments(**changes):
     return {**defaults, **changes}
 
 
+def add_norm(x, weight, eps):
+    return backend.add_rms_norm(x, x.clone(), weight, eps)
+
+
 REFUSED = [
-    ("weight (9,) does not fit x (2, 8)", lambda: backend.rms_norm(torch.zeros(2, 8), torch.ones(9), 1e-5)),
-    ("x is torch.float64", lambda: backend.rms_norm(torch.zeros(2, 8).double(), torch.ones(8), 1e-5)),
-    ("weight is torch.float16", lambda: backend.rms_norm(torch.zeros(2, 8), torch.ones(8).half(), 1e-5)),
-    ("1 to 65536", lambda: backend.rms_norm(torch.zeros(1, 65537), torch.ones(65537), 1e-5)),
+    ("weight (9,) does not fit x (2, 8)", lambda: add_norm(torch.zeros(2, 8), torch.ones(9), 1e-5)),
+    ("x is torch.float64", lambda: add_norm(torch.zeros(2, 8).double(), torch.ones(8), 1e-5)),
+    ("weight is torch.float16", lambda: add_norm(torch.zeros(2, 8), torch.ones(8).half(), 1e-5)),
+    ("1 to 65536", lambda: add_norm(torch.zeros(1, 65537), torch.ones(65537), 1e-5)),
     (
         "both must be alike",
         lambda: backend.add_rms_norm(torch.zeros(2, 8), torch.zeros(3, 8), torch.ones(8), 1e-5),
@@ -131,13 +137,13 @@ REFUSED = [
     ),
     ("an even number", lambda: backend.silu_mul(torch.zeros(2, 7))),
     ("input is torch.int64", lambda: backend.silu_mul(torch.zeros(2, 8, dtype=torch.int64))),
-    ("tables are 5 wide", lambda: backend.rope(**rope_arguments(cos_LR=torch.zeros(9, 5), sin_LR=torch.zeros(9, 5)))),
-    ("both must be float32", lambda: backend.rope(**rope_arguments(cos_LR=torch.zeros(9, 4).half()))),
-    ("positions are torch.int64 (3,)", lambda: backend.rope(**rope_arguments(positions_T=torch.arange(3)))),
-    ("must be the same", lambda: backend.rope(**rope_arguments(k_TKD=torch.zeros(2, 2, 6)))),
+    ("tables are 5 wide", lambda: rope_cpu(**rope_arguments(cos_LR=torch.zeros(9, 5), sin_LR=torch.zeros(9, 5)))),
+    ("both must be float32", lambda: rope_cpu(**rope_arguments(cos_LR=torch.zeros(9, 4).half()))),
+    ("positions are torch.int64 (3,)", lambda: rope_cpu(**rope_arguments(positions_T=torch.arange(3)))),
+    ("must be the same", lambda: rope_cpu(**rope_arguments(k_TKD=torch.zeros(2, 2, 6)))),
     (
         "must be contiguous",
-        lambda: backend.rope(**rope_arguments(q_TND=torch.zeros(2, 8, 4).transpose(1, 2))),
+        lambda: rope_cpu(**rope_arguments(q_TND=torch.zeros(2, 8, 4).transpose(1, 2))),
     ),
     ("slots are torch.float32", lambda: backend.write_kv(**write_arguments(slots_T=torch.zeros(2)))),
     ("pages are (3, 1, 4, 8)", lambda: backend.write_kv(**write_arguments(k_pages_PKSD=torch.zeros(3, 1, 4, 8)))),

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from jobs.bench.kernels.case import Case, Prepared, fill
+from kernels import backend
 from kernels.backend import prepare_linear
 from kernels.compare import compare
 from kernels.int4_linear import Int4Linear, QuantizedWeight, dequantize
+from kernels.silu_mul import silu_mul_cpu, silu_mul_reference, silu_mul_triton
 
 SHAPES = ((4096, 14336), (8192, 8192))
 ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -21,6 +23,7 @@ CPU_ROWS = (1, 16, 64, 256)
 SMALL_SHAPE = (130, 384)
 SMALL_ROWS = (1, 16, 20, 40, 70)
 HEAD = (128256, 4096)
+GATE_UP = (28672, 4096)
 
 
 def cases(place: str, device: torch.device) -> Iterator[Case]:
@@ -31,16 +34,23 @@ def cases(place: str, device: torch.device) -> Iterator[Case]:
         name = f"{kind} {shape[0]}x{shape[1]} M={num_rows}"
         return Case("linear", name, lambda: prepare(place, device, dtype, shape, num_rows, bits, group_size, zeros))
 
+    def gated_case(shape: tuple[int, int], num_rows: int) -> Case:
+        name = f"gated int4 g128 {shape[0]}x{shape[1]} M={num_rows}"
+        return Case("linear", name, lambda: prepare_gated(place, device, dtype, shape, num_rows))
+
     if place == "interpreter":
         for bits, group_size, zeros in ((4, 128, False), (4, 32, True), (8, 64, True)):
             yield from (case(SMALL_SHAPE, rows, bits, group_size, zeros) for rows in SMALL_ROWS)
+        yield from (gated_case(SMALL_SHAPE, rows) for rows in (1, 70))
         return
     if place == "cpu":
         yield from (case(CPU_SHAPE, rows) for rows in CPU_ROWS)
         yield case(CPU_SHAPE, 16, zeros=True)
+        yield gated_case(CPU_SHAPE, 16)
         return
     for shape in SHAPES:
         yield from (case(shape, rows) for rows in ROWS)
+    yield from (gated_case(GATE_UP, rows) for rows in (1, 16, 64, 256, 2048))
     for group_size, zeros in ((128, True), (64, False), (32, False), (32, True)):
         yield from (case(SHAPES[1], rows, 4, group_size, zeros) for rows in (16, 32, 64, 256))
     for bits in (4, 8):
@@ -108,6 +118,32 @@ def prepare(
         num_flops=2 * num_rows * num_out * num_in,
         baselines=baselines,
         facts={"computes": layer.describe()},
+    )
+
+
+def prepare_gated(
+    place: str, device: torch.device, dtype: torch.dtype, shape: tuple[int, int], num_rows: int
+) -> Prepared:
+    """gate-up with its activation, beside the layer without and silu_mul after it."""
+    weight = random_weight(shape, 4, 128, False, device)
+    x_MK = fill((num_rows, shape[1]), dtype, device, num_rows)
+    silu_mul = silu_mul_triton if place == "interpreter" else backend.silu_mul
+
+    def layer(gated: bool) -> backend.Linear:
+        if place == "interpreter":
+            return Int4Linear(weight, None, dtype=dtype, device=device, gated=gated)
+        return prepare_linear(weight, None, dtype=dtype, device=device, gated=gated)
+
+    plain, gated = layer(False), layer(True)
+    reference = silu_mul_reference(F.linear(x_MK.double(), dequantize(weight).double()))
+    in_torch = silu_mul_cpu(F.linear(x_MK, dequantize(weight, dtype)))
+    return Prepared(
+        lambda: gated(x_MK),
+        lambda: compare(gated(x_MK), in_torch, reference),
+        num_bytes=shape[0] * shape[1] // 2 + shape[0] * shape[1] // 32 + num_rows * (shape[1] + shape[0] // 2) * 2,
+        num_flops=2 * num_rows * shape[0] * shape[1],
+        baselines={"in two launches": lambda: silu_mul(plain(x_MK))},
+        facts={"computes": gated.describe()},
     )
 
 

@@ -9,15 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels.kv_cache
+import kernels.qkv
 import kernels.quantized_kv
 import kernels.rms_norm
-import kernels.rope
 import kernels.sampling
 import kernels.silu_mul
 from jobs.bench.kernels.case import Case, Prepared, fill
 from kernels.attention_batch import new_kv_pages
+from kernels.backend import norm_rope_write_kv
 from kernels.compare import compare
+from kernels.qkv import norm_rope_write_kv_triton
 
 SIZES = {"cuda": (256, 4096, 14336, 128256), "cpu": (64, 1024, 2816, 32000), "interpreter": (3, 130, 70, 500)}
 """Rows, hidden size, feed-forward width, vocabulary."""
@@ -28,12 +29,12 @@ def cases(place: str, device: torch.device) -> Iterator[Case]:
     dtype = torch.float16 if place == "interpreter" else torch.bfloat16
     rows, hidden, width, vocab = SIZES[place]
     builders: dict[str, Callable[[], Prepared]] = {
-        f"rms_norm {rows}x{hidden}": lambda: norm(place, fill((rows, hidden), dtype, device, 0)),
+        f"embed_rms_norm {rows}x{hidden}": lambda: embed_norm(place, rows, fill((vocab, hidden), dtype, device, 0)),
         f"add_rms_norm {rows}x{hidden}": lambda: add_norm(place, fill((rows, hidden), dtype, device, 0)),
         f"silu_mul {rows}x{width}": lambda: silu(place, fill((rows, 2 * width), dtype, device, 0)),
-        f"rope {rows} tokens": lambda: rope(place, rows, dtype, device),
-        f"write_kv {rows} tokens": lambda: write(place, rows, dtype, device, False),
-        f"write_kv int8 {rows} tokens": lambda: write(place, rows, dtype, device, True),
+        f"norm_rope_write_kv {rows} tokens": lambda: write(place, rows, dtype, device, True, False),
+        f"rope_write_kv {rows} tokens": lambda: write(place, rows, dtype, device, False, False),
+        f"rope_write_kv int8 {rows} tokens": lambda: write(place, rows, dtype, device, False, True),
         f"sample {rows}x{vocab}": lambda: sample(place, fill((rows, vocab), torch.float32, device, 0, 4.0)),
     }
     for name, build in builders.items():
@@ -45,15 +46,27 @@ def _version(place: str, module: Any, name: str) -> Callable[..., Any]:
     return chosen
 
 
-def norm(place: str, x: Tensor) -> Prepared:
-    run = _version(place, kernels.rms_norm, "rms_norm")
-    weight = fill((x.shape[1],), x.dtype, x.device, 1)
-    reference = kernels.rms_norm.rms_norm_reference(x, weight, EPS)
+def embed_norm(place: str, num_tokens: int, embedding: Tensor) -> Prepared:
+    run = _version(place, kernels.rms_norm, "embed_rms_norm")
+    num_words, width = embedding.shape
+    weight = fill((width,), embedding.dtype, embedding.device, 1)
+    token_ids = torch.randint(num_words, (num_tokens,), generator=torch.Generator().manual_seed(0)).to(weight.device)
+
+    def in_torch() -> tuple[Tensor, Tensor]:
+        found = F.embedding(token_ids, embedding)
+        return found, F.rms_norm(found, weight.shape, weight, EPS)
+
+    def check() -> Any:
+        found, normed = run(token_ids, embedding, weight, EPS)
+        torch_found, torch_normed = in_torch()
+        reference = kernels.rms_norm.rms_norm_reference(torch_found, weight, EPS)
+        return torch.equal(found, torch_found) and compare(normed, torch_normed, reference)
+
     return Prepared(
-        lambda: run(x, weight, EPS),
-        lambda: compare(run(x, weight, EPS), F.rms_norm(x, weight.shape, weight, EPS), reference),
-        num_bytes=2 * x.nbytes,
-        baselines={"torch": lambda: F.rms_norm(x, weight.shape, weight, EPS)},
+        lambda: run(token_ids, embedding, weight, EPS),
+        check,
+        num_bytes=3 * num_tokens * width * embedding.itemsize,
+        baselines={"torch": in_torch},
     )
 
 
@@ -94,69 +107,69 @@ def silu(place: str, x: Tensor) -> Prepared:
     )
 
 
-def rope(place: str, num_tokens: int, dtype: torch.dtype, device: torch.device) -> Prepared:
-    run = _version(place, kernels.rope, "rope")
-    q, k = fill((num_tokens, 32, 128), dtype, device, 0), fill((num_tokens, 8, 128), dtype, device, 1)
-    positions = torch.arange(num_tokens, device=device)
-    angles = positions[:, None].float() * 10000 ** (-torch.arange(64, device=device) / 64)
-    cos, sin = angles.cos(), angles.sin()
-
-    def in_torch(x: Tensor, dtype: torch.dtype) -> Tensor:
-        low, high = x.to(dtype).chunk(2, dim=-1)
-        c, s = cos[:, None].to(dtype), sin[:, None].to(dtype)
-        return torch.cat((low * c - high * s, high * c + low * s), dim=-1)
-
-    def check() -> Any:
-        got_q, got_k = q.clone(), k.clone()
-        run(got_q, got_k, positions, cos, sin)
-        reports = [
-            compare(got, in_torch(x, torch.float32).to(x.dtype), in_torch(x, torch.float64))
-            for got, x in ((got_q, q), (got_k, k))
-        ]
-        return next((report for report in reports if not report.holds), reports[0])
-
-    return Prepared(
-        lambda: run(q, k, positions, cos, sin),
-        check,
-        num_bytes=2 * (q.nbytes + k.nbytes),
-        baselines={"torch": lambda: (in_torch(q, q.dtype), in_torch(k, k.dtype))},
-    )
-
-
-def write(place: str, num_tokens: int, dtype: torch.dtype, device: torch.device, to_int8: bool) -> Prepared:
-    module = kernels.quantized_kv if to_int8 else kernels.kv_cache
-    run = _version(place, module, "write_quantized_kv" if to_int8 else "write_kv")
-    k, v = (fill((num_tokens, 8, 128), dtype, device, seed) for seed in (0, 1))
+def write(
+    place: str, num_tokens: int, dtype: torch.dtype, device: torch.device, has_norm: bool, to_int8: bool
+) -> Prepared:
+    """The projection of 32 heads of queries and 8 of keys and values, which is rotated again at each run."""
+    qkv = fill((num_tokens, 48, 128), dtype, device, 0)
+    weights = tuple(fill((128,), dtype, device, seed) for seed in (1, 2))
+    norms = (weights[0], weights[1]) if has_norm else None
     num_pages = -(-num_tokens // 16) + 4
     slots = torch.randperm(num_pages * 16, generator=torch.Generator().manual_seed(0))[:num_tokens].to(device)
+    positions = torch.arange(num_tokens, device=device)
+    angles = positions[:, None].float() * 10000 ** (-torch.arange(64, device=device) / 64)
+    tables = angles.cos(), angles.sin()
 
-    def new_pages(device: torch.device, in_pairs: bool) -> tuple[Any, Any]:
+    def new_pages(to_int8: bool) -> tuple[Any, Any]:
         if to_int8:
-            return kernels.quantized_kv.new_quantized_pages(num_pages, 8, 16, 128, device, in_pairs)
-        new_k, new_v = new_kv_pages(num_pages, 8, 16, 128, dtype, device)
-        return new_k.contiguous(), new_v.contiguous()
+            return kernels.quantized_kv.new_quantized_pages(num_pages, 8, 16, 128, device, place != "cpu")
+        k_pages, v_pages = new_kv_pages(num_pages, 8, 16, 128, dtype, device)
+        # The interpreter's memory is a CPU's, but the kernel's layout is the GPU's.
+        return (k_pages.contiguous(), v_pages.contiguous()) if place == "interpreter" else (k_pages, v_pages)
 
-    pages = new_pages(device, place != "cpu")
+    def run(qkv: Tensor, pages: tuple[Any, Any]) -> Tensor:
+        chosen: Callable[..., Tensor] = norm_rope_write_kv if place == "cpu" else norm_rope_write_kv_triton
+        return chosen(qkv, norms, EPS, positions, *tables, *pages, slots)
 
-    def check() -> bool:
-        """Written in torch on the CPU, bit for bit."""
-        expected = new_pages(torch.device("cpu"), False)
-        in_torch = kernels.quantized_kv.write_quantized_kv_cpu if to_int8 else kernels.kv_cache.write_kv_cpu
-        in_torch(k.cpu(), v.cpu(), *expected, slots.cpu())
-        run(k, v, *pages, slots)
-        if not to_int8:
-            return all(torch.equal(got.cpu(), want) for got, want in zip(pages, expected))
-        return all(torch.equal(got.dequantize().cpu(), want.dequantize()) for got, want in zip(pages, expected))
+    def in_torch() -> tuple[Tensor, Tensor]:
+        q, k, _ = qkv.split((32, 8, 8), dim=1)
+        if norms:
+            q, k = (F.rms_norm(x, (128,), weight, EPS) for x, weight in zip((q, k), norms))
+        return rotate(q), rotate(k)
 
-    written = k.numel() * 2 + num_tokens * 8 * 4 * 2 if to_int8 else 2 * k.nbytes
+    def rotate(x: Tensor) -> Tensor:
+        low, high = x.float().chunk(2, dim=-1)
+        c, s = tables[0][:, None], tables[1][:, None]
+        return torch.cat((low * c - high * s, high * c + low * s), dim=-1).to(x.dtype)
+
+    def check() -> Any:
+        dense = new_pages(False)
+        q = run(qkv.clone(), dense)
+        k, v = (x.transpose(1, 2).flatten(0, 1)[slots] for x in dense)
+        reference = kernels.qkv.norm_rope_reference(qkv, 8, norms, EPS, positions, *tables)
+        reports = [compare(*three) for three in zip((q, k), in_torch(), reference)]
+        is_right = torch.equal(v, qkv[:, 40:])
+        if to_int8:  # within half a step of what dense pages hold
+            int8 = new_pages(True)
+            is_right &= torch.equal(run(qkv.clone(), int8), q)
+            for x, pages in zip((k, v), int8):
+                error = (pages.dequantize().transpose(1, 2).flatten(0, 1)[slots] - x.float()).abs().amax(-1)
+                is_right &= bool((error <= x.float().abs().amax(-1) / 127 * 0.501).all())
+        return is_right and next((report for report in reports if not report.holds), reports[0])
+
+    pages = new_pages(to_int8)
     page, offset = slots // 16, slots % 16
 
-    def index_put() -> None:
+    def in_torch_to_pages() -> None:
+        _, k = in_torch()
         pages[0][page, :, offset] = k
-        pages[1][page, :, offset] = v
+        pages[1][page, :, offset] = qkv[:, 40:]
 
-    baselines: dict[str, Callable[[], Any]] = {} if to_int8 else {"torch": index_put}
-    return Prepared(lambda: run(k, v, *pages, slots), check, num_bytes=2 * k.nbytes + written, baselines=baselines)
+    baselines: dict[str, Callable[[], Any]] = {} if to_int8 else {"torch": in_torch_to_pages}
+    page_bytes = num_tokens * 16 * (128 + 4 if to_int8 else 128 * dtype.itemsize)
+    num_bytes = qkv.nbytes + num_tokens * 32 * 128 * dtype.itemsize + page_bytes
+    # Timed in place: how long it takes does not depend on the numbers.
+    return Prepared(lambda: run(qkv, pages), check, num_bytes=num_bytes, baselines=baselines)
 
 
 def sample(place: str, logits: Tensor) -> Prepared:

@@ -16,7 +16,14 @@ from torch import Tensor
 from jobs.bench.kernels.attention import Shape, fill_pages, new_batch
 from jobs.bench.kernels.case import Case, Prepared, fill
 from jobs.bench.kernels.linear import random_weight
-from kernels.backend import Linear, add_rms_norm, paged_attention, prepare_linear, rms_norm, rope, silu_mul, write_kv
+from kernels.backend import (
+    Linear,
+    add_rms_norm,
+    embed_rms_norm,
+    norm_rope_write_kv,
+    paged_attention,
+    prepare_linear,
+)
 
 EPS = 1e-5
 GROUP_SIZE = 128
@@ -62,16 +69,16 @@ def cases(place: str, device: torch.device) -> Iterator[Case]:
 def make_layers(model: Model, device: torch.device) -> tuple[list[Layer], Linear]:
     """All layers' weights are different memory, as in a model: none finds the last one's in a cache."""
 
-    def linear(num_out: int, num_in: int) -> Linear:
+    def linear(num_out: int, num_in: int, gated: bool = False) -> Linear:
         weight = random_weight((num_out, num_in), 4, GROUP_SIZE, False, device)
-        return prepare_linear(weight, None, dtype=torch.bfloat16, device=device)
+        return prepare_linear(weight, None, dtype=torch.bfloat16, device=device, gated=gated)
 
     attended = model.num_heads * model.head_dim
     layers = [
         Layer(
             linear(attended + 2 * model.num_kv_heads * model.head_dim, model.hidden),
             linear(model.hidden, attended),
-            linear(2 * model.width, model.hidden),
+            linear(2 * model.width, model.hidden, gated=True),
             linear(model.hidden, model.width),
         )
         for _ in range(model.num_layers)
@@ -97,7 +104,8 @@ def prepare(
     num_pages_each = NUM_CONTEXT // shape.page_size
     batch = new_batch(shape, 0, num_pages_each)
     pages = [fill_pages(shape, num_requests * num_pages_each, dtype, place, device) for _ in range(model.num_layers)]
-    x0_TH = fill((num_requests, model.hidden), dtype, device, 7)
+    embedding_VH = fill((num_requests, model.hidden), dtype, device, 7)  # of these tokens alone
+    token_ids_T = torch.arange(num_requests, device=device)
     weight_H = torch.ones(model.hidden, dtype=dtype, device=device)
     positions_T = torch.full((num_requests,), NUM_CONTEXT - 1, device=device)
     last_pages = torch.tensor([table[-1] for table in batch.page_ids], device=device)
@@ -105,19 +113,16 @@ def prepare(
     half = model.head_dim // 2
     angles = torch.arange(NUM_CONTEXT, device=device)[:, None] * 500000.0 ** (-torch.arange(half, device=device) / half)
     cos, sin = angles.cos(), angles.sin()
-    heads = [model.num_heads, model.num_kv_heads, model.num_kv_heads]
+    num_all_heads = model.num_heads + 2 * model.num_kv_heads
 
     def run() -> Tensor:
-        residual_TH = x0_TH.clone()
-        x_TH = rms_norm(residual_TH, weight_H, EPS)
+        residual_TH, x_TH = embed_rms_norm(token_ids_T, embedding_VH, weight_H, EPS)
         for layer, (k_pages, v_pages) in zip(layers, pages):
-            qkv_THD = layer.qkv(x_TH).view(num_requests, sum(heads), model.head_dim)
-            q_TND, k_TKD, v_TKD = qkv_THD.split(heads, dim=1)
-            rope(q_TND, k_TKD, positions_T, cos, sin)
-            write_kv(k_TKD, v_TKD, k_pages, v_pages, slots_T)
+            qkv_TMD = layer.qkv(x_TH).view(num_requests, num_all_heads, model.head_dim)
+            q_TND = norm_rope_write_kv(qkv_TMD, None, EPS, positions_T, cos, sin, k_pages, v_pages, slots_T)
             attended = paged_attention(q_TND, k_pages, v_pages, batch, model.head_dim**-0.5)
             x_TH = add_rms_norm(layer.output(attended.flatten(1)), residual_TH, weight_H, EPS)
-            x_TH = layer.down(silu_mul(layer.gate_up(x_TH)))
+            x_TH = layer.down(layer.gate_up(x_TH))
             x_TH = add_rms_norm(x_TH, residual_TH, weight_H, EPS)
         return head(x_TH)
 
