@@ -35,8 +35,8 @@ def _planes(units, ASM: tl.constexpr, dtype: tl.constexpr):
     """int16 units to two tiles of dtype, from the lower and from the upper bytes: q, or with bfloat16 and ASM q / 64.
 
     Bytes hold q + 128. In float16 one becomes the low bits of 1024 + q + 128. bfloat16 has too few for that: there it
-    is the whole of a number, (q + 128) 2**-133 (up to the smallest normal numbers these are as far apart as below),
-    and 2**127 times that, minus 2, is exact.
+    is the whole of a number, (q + 128) 2**-133 (the smallest normal numbers are as far apart as those below them, which
+    fma takes too), and 2**127 times that, minus 2, is exact.
     """
     if not ASM:
         low = ((units & 255) - 128).to(tl.float32).to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,11 +46,14 @@ class Shape:
 
 
 DECODES = tuple(Shape(batch, context) for batch in (64, 256) for context in (1024, 8192))
-GPU_SHAPES = (
-    *DECODES,
-    *(Shape(s.num_requests, s.num_context, kv="int8") for s in DECODES),
-    *(Shape(s.num_requests, s.num_context, 4, kv) for s in DECODES[:3] for kv in ("bf16", "int8")),
-    *(Shape(128, 4096 + 128, num_shared=4096, grouped=grouped) for grouped in (False, True)),
+GPU_SHAPES = tuple(
+    replace(shape, page_size=64)  # the engine's, and a tile of keys
+    for shape in (
+        *DECODES,
+        *(Shape(s.num_requests, s.num_context, kv="int8") for s in DECODES),
+        *(Shape(s.num_requests, s.num_context, 4, kv) for s in DECODES[:3] for kv in ("bf16", "int8")),
+        *(Shape(128, 4096 + 128, num_shared=4096, grouped=grouped) for grouped in (False, True)),
+    )
 )
 CPU_SHAPES = tuple(
     Shape(8, 512 + 64 * (queries > 1), queries, kv, shared, shared > 0, 8, 2, 64)
