@@ -36,6 +36,7 @@ from kernels.backend import (
     prepare_linear,
 )
 from kernels.cpu_linear import dtype_name
+from kernels.fp8_kv import FP8, check_fp8_device, new_fp8_pages
 from kernels.int4_linear import PLANE_BITS, QuantizedWeight, dequantize
 from kernels.quantized_kv import SCALE_BYTES, Pages, new_quantized_pages
 
@@ -82,7 +83,7 @@ class Decoder:
     ) -> None:
         architecture = checkpoint.architecture
         self.device, self.dtype = embedding_VH.device, embedding_VH.dtype
-        self.kv_dtype = {"auto": self.dtype, "bf16": torch.bfloat16, "int8": torch.int8}[kv_cache_dtype]
+        self.kv_dtype = {"auto": self.dtype, "bf16": torch.bfloat16, "int8": torch.int8, "fp8": FP8}[kv_cache_dtype]
         self.num_layers = architecture.num_layers
         self.num_heads = architecture.num_heads
         self.num_kv_heads = architecture.num_kv_heads
@@ -117,12 +118,14 @@ class Decoder:
         shape = num_pages, self.num_kv_heads, page_size, self.head_dim
         if self.kv_dtype == torch.int8:
             return [new_quantized_pages(*shape, self.device) for _ in self._layers]
+        if self.kv_dtype == FP8:
+            return [new_fp8_pages(*shape, self.device) for _ in self._layers]
         return [new_kv_pages(*shape, self.kv_dtype, self.device) for _ in self._layers]
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes in all layers."""
-        scale_bytes = SCALE_BYTES if self.kv_dtype == torch.int8 else 0
+        scale_bytes = SCALE_BYTES if self.kv_dtype in (torch.int8, FP8) else 0
         return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * self.kv_dtype.itemsize + scale_bytes)
 
     def describe(self) -> list[str]:
@@ -202,7 +205,8 @@ def load_decoder(checkpoint: Checkpoint, config: EngineConfig, device: torch.dev
 
     Weights are held once, those that are not int4 in `dtype`; the peak is the finished model and one fused layer. With
     quantization "int4" the linear layers of a 16-bit checkpoint are rounded to nearest, the embedding and the head are
-    not. "none" decodes an int4 checkpoint to `dtype`. ValueError when config.max_model_len is beyond the model.
+    not. "none" decodes an int4 checkpoint to `dtype`. ValueError when config.max_model_len is beyond the model, or the
+    device has no fp8 and kv_cache_dtype is.
     """
     return _Loader(checkpoint, config, device, dtype).load()
 
@@ -217,6 +221,8 @@ class _Loader:
         self.decoded: Counter[str] = Counter()
 
     def load(self) -> Decoder:
+        if self.config.kv_cache_dtype == "fp8":
+            check_fp8_device(self.device)
         max_model_len = resolve_max_model_len(self.checkpoint.config, self.config.max_model_len)
         embedding_VH = self._read("model.embed_tokens.weight").to(self.dtype)
         layers = [self._layer(index) for index in range(self.architecture.num_layers)]

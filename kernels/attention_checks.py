@@ -39,6 +39,8 @@ def check_attention(
             raise ValueError(
                 f"paged_attention: {name} have strides {x.stride()}; a page's slots must be contiguous per head"
             )
+    if k_pages.dtype != v_pages.dtype:
+        raise ValueError(f"paged_attention: k pages are {k_pages.dtype}, v pages {v_pages.dtype}; they must be alike")
     if q_TND.stride(2) != 1:
         raise ValueError(f"paged_attention: q has strides {q_TND.stride()}; the head dimension must be contiguous")
     if not scale > 0:

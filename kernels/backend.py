@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels.fp8_kv
 import kernels.kv_cache
 import kernels.qkv
 import kernels.quantized_kv
@@ -27,6 +28,9 @@ from kernels.int4_linear import QuantizedWeight
 from kernels.qkv import Norms
 from kernels.quantized_kv import Pages, QuantizedPages
 from kernels.sampling import SampleResult, SamplingBatch
+
+CONVERTED = (torch.int8, kernels.fp8_kv.FP8, torch.bfloat16)
+"""Of pages that a CPU converts to the activations' dtype."""
 
 
 class Linear(Protocol):
@@ -77,6 +81,11 @@ def write_kv(k_TKD: Tensor, v_TKD: Tensor, k_pages_PKSD: Pages, v_pages_PKSD: Pa
     Quantised pages, and bfloat16 ones, take keys and values of any dtype.
     """
     if isinstance(k_pages_PKSD, QuantizedPages) and isinstance(v_pages_PKSD, QuantizedPages):
+        if k_pages_PKSD.dtype == kernels.fp8_kv.FP8:
+            fp8 = kernels.fp8_kv
+            write_fp8 = fp8.write_fp8_kv_triton if is_cuda("write_kv", k_TKD) else fp8.write_fp8_kv_cpu
+            write_fp8(k_TKD, v_TKD, k_pages_PKSD, v_pages_PKSD, slots_T)
+            return
         quantized = kernels.quantized_kv
         write_quantized = (
             quantized.write_quantized_kv_triton if is_cuda("write_kv", k_TKD) else quantized.write_quantized_kv_cpu
@@ -155,7 +164,7 @@ def paged_attention(
     else:
         from kernels.cpu_attention import paged_attention_cpu as attend
 
-    if k_pages_PKSD.dtype != q_TND.dtype and k_pages_PKSD.dtype in (torch.int8, torch.bfloat16):
+    if k_pages_PKSD.dtype != q_TND.dtype and k_pages_PKSD.dtype in CONVERTED:
         convert = kernels.quantized_kv.attend_converted
         return convert(attend, q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window, sinks_N)
     assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)

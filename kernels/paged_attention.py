@@ -40,6 +40,8 @@ def _attend_kernel(
     q,
     k_pages,
     v_pages,
+    k_scales,
+    v_scales,
     out,
     partial,
     partial_lse,
@@ -56,6 +58,8 @@ def _attend_kernel(
     k_stride_head,
     v_stride_page,
     v_stride_head,
+    scales_stride_page,
+    scales_stride_head,
     num_heads,
     head_dim,
     HEADS_PER_KV: tl.constexpr,
@@ -68,11 +72,13 @@ def _attend_kernel(
     TREES: tl.constexpr,
     SINKS: tl.constexpr,
     LOG2_E: tl.constexpr,
+    SCALED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One program per part and key/value head. `scale` includes log2(e): the one base here is 2.
 
-    Moves the keys and values of the part's range once, its queries once, and its result once.
+    Moves the keys and values of the part's range once, its queries once, and its result once. Numbers of fp8 pages go
+    into the products without their scales (SCALED): that of a key multiplies its score, that of a value its weight.
     """
     part = parts + tl.program_id(0) * 6
     kv_head = tl.program_id(1).to(tl.int64)
@@ -94,6 +100,11 @@ def _attend_kernel(
     inside = row_inside[:, None] & column_inside[None, :]
     at_q = q + token[:, None] * q_stride_token + head[:, None] * q_stride_head + column[None, :]
     queries = tl.load(at_q, mask=inside, other=0.0)
+    if SCALED and q.dtype.element_ty == tl.bfloat16:
+        # A GPU converts e4m3 to float16. There the queries fit once they are divided by their largest.
+        largest = tl.max(tl.abs(queries.to(tl.float32)), axis=1)
+        largest = tl.where(largest > 0.0, largest, 1.0)
+        queries = (queries.to(tl.float32) / largest[:, None]).to(tl.float16)
     position = tl.load(positions + token, mask=row_inside, other=-1)
     if WINDOWED:
         first_position = tl.load(positions + first_token)
@@ -114,8 +125,15 @@ def _attend_kernel(
         in_page = (key % PAGE) * head_dim
         load_inside = key_inside[:, None] & column_inside[None, :]
         at_k = page * k_stride_page + kv_head * k_stride_head + in_page
-        keys = tl.load(k_pages + at_k[:, None] + column[None, :], mask=load_inside, other=0).to(queries.dtype)
+        keys = tl.load(k_pages + at_k[:, None] + column[None, :], mask=load_inside, other=0.0).to(queries.dtype)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if SCALED:
+            at_scale = page * scales_stride_page + kv_head * scales_stride_head + key % PAGE
+            k_scale = tl.load(k_scales + at_scale, mask=key_inside, other=0.0)
+            if q.dtype.element_ty == tl.bfloat16:
+                scores = scores * (k_scale[None, :] * largest[:, None])
+            else:
+                scores = scores * k_scale[None, :]
         if TREES:
             # Keys before the request's query tokens are seen, and of these the ones whose bits are set.
             place = key[None, :] - tree_start[:, None]
@@ -135,7 +153,10 @@ def _attend_kernel(
         decay = tl.exp2((best - shift) * scale)
         total = total * decay + tl.sum(weights, axis=1)
         at_v = page * v_stride_page + kv_head * v_stride_head + in_page
-        values = tl.load(v_pages + at_v[:, None] + column[None, :], mask=load_inside, other=0).to(queries.dtype)
+        values = tl.load(v_pages + at_v[:, None] + column[None, :], mask=load_inside, other=0.0).to(queries.dtype)
+        if SCALED:
+            # 256 times, or a weight of float16 would be too small for its bits.
+            weights = weights * (256.0 * tl.load(v_scales + at_scale, mask=key_inside, other=0.0))[None, :]
         acc = tl.dot(weights.to(queries.dtype), values, acc * decay[:, None], input_precision="ieee")
         best = new_best
 
@@ -145,6 +166,8 @@ def _attend_kernel(
         # Where a token is in several parts, its sink joins when these are merged: once in either case.
         sink = tl.load(sinks + head, mask=row_inside, other=0.0) * LOG2_E
         divisor += tl.where(first_slot < 0, tl.exp2(sink - tl.where(empty, 0.0, best) * scale), 0.0)
+    if SCALED:
+        acc = acc * 0.00390625
     acc = acc / divisor[:, None]
     if first_slot < 0:
         at = (token * num_heads + head)[:, None] * head_dim + column[None, :]
@@ -221,7 +244,8 @@ def paged_attention_triton(
 
     Head dimensions 8 to 256, also ones that are no power of two; 1 to 16 query heads per key/value head; any page
     size, and any strides of pages, page heads, tokens and query heads. Partial results take float32 [T', N, D], where
-    T' counts a token once per part. Pages are of q's dtype, bfloat16, or quantised (kernels.int8_attention).
+    T' counts a token once per part. Pages are of q's dtype, bfloat16, fp8 (kernels.fp8_kv), or int8 in pairs
+    (kernels.int8_attention).
     """
     check_attention(q_TND, k_pages_PKSD, v_pages_PKSD, batch, scale, window)
     check_sinks(sinks_N, q_TND)
@@ -238,18 +262,22 @@ def paged_attention_triton(
     partial = torch.empty((plan.num_slots, num_heads, head_dim), dtype=torch.float32, device=q_TND.device)
     partial_lse = torch.empty((plan.num_slots, num_heads), dtype=torch.float32, device=q_TND.device)
     block = max(16, 1 << (head_dim - 1).bit_length())
+    k_values, k_scales, scales_strides = _values_and_scales(k_pages_PKSD)
+    v_values, v_scales, _ = _values_and_scales(v_pages_PKSD)
     for parts, rows in ((plan.small_parts, SMALL_ROWS), (plan.large_parts, LARGE_ROWS)):
         if not len(parts):
             continue
-        if isinstance(k_pages_PKSD, QuantizedPages) and isinstance(v_pages_PKSD, QuantizedPages):
+        if k_pages_PKSD.dtype == torch.int8:
+            assert isinstance(k_pages_PKSD, QuantizedPages) and isinstance(v_pages_PKSD, QuantizedPages)
             outputs = out_TND, partial, partial_lse
             attend_int8(q_TND, k_pages_PKSD, v_pages_PKSD, outputs, plan, parts, rows, scale, window, sinks_N)
             continue
-        assert isinstance(k_pages_PKSD, Tensor) and isinstance(v_pages_PKSD, Tensor)
         _attend_kernel[(len(parts), num_kv_heads)](
             q_TND,
-            k_pages_PKSD,
-            v_pages_PKSD,
+            k_values,
+            v_values,
+            k_scales,
+            v_scales,
             out_TND,
             partial,
             partial_lse,
@@ -262,10 +290,11 @@ def paged_attention_triton(
             window or 0,
             q_TND.stride(0),
             q_TND.stride(1),
-            k_pages_PKSD.stride(0),
-            k_pages_PKSD.stride(1),
-            v_pages_PKSD.stride(0),
-            v_pages_PKSD.stride(1),
+            k_values.stride(0),
+            k_values.stride(1),
+            v_values.stride(0),
+            v_values.stride(1),
+            *scales_strides,
             num_heads,
             head_dim,
             HEADS_PER_KV=num_heads // num_kv_heads,
@@ -278,6 +307,7 @@ def paged_attention_triton(
             TREES=plan.trees_T3 is not None,
             SINKS=sinks_N is not None,
             LOG2_E=LOG2_E,
+            SCALED=isinstance(k_pages_PKSD, QuantizedPages),
             STAGES=stages_per_tile(block),
             num_warps=warps_per_tile(rows, block),
         )
@@ -300,6 +330,13 @@ def paged_attention_triton(
             num_warps=4,
         )
     return out_TND
+
+
+def _values_and_scales(pages: Pages) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Pages as the kernel takes them; dense ones stand in for the scales that they do not have, which are not read."""
+    if isinstance(pages, QuantizedPages):
+        return pages.values, pages.scales_PKS, pages.scales_PKS.stride()[:2]
+    return pages, pages, (0, 0)
 
 
 def keys_per_tile(rows: int, block: int, device: torch.device) -> int:

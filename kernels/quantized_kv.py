@@ -50,7 +50,7 @@ class QuantizedPages:
 
     pairs: of what a 16-bit unit of `values` holds two. Pages and heads may have any strides, a head's page has none.
 
-    - None: `values` are q, int8 [P, K, S, D];
+    - None: `values` are q, int8 [P, K, S, D], or e4m3 (kernels.fp8_kv);
     - "dims": int16 [P, K, S, D/2], which are keys;
     - "slots": int16 [P, K, S/2, D], which are values.
     """
@@ -66,7 +66,8 @@ class QuantizedPages:
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.int8
+        """int8 or float8_e4m3fn."""
+        return torch.int8 if self.pairs is not None else self.values.dtype
 
     def by_plane(self) -> Tensor:
         """The paired bytes as a view whose elements come in the order of slots and dimensions: uint8 [P, K, S, 2, D/2]
@@ -89,7 +90,7 @@ class QuantizedPages:
         return self.read(torch.arange(self.shape[0], device=self.device))
 
     def write(self, q_TKD: Tensor, scales_TK: Tensor, slots_T: Tensor) -> None:
-        """Put int8 numbers and their scales into slots, in place."""
+        """Put numbers of the pages' dtype and their scales into slots, in place."""
         num_pages, num_kv_heads, page_size, head_dim = self.shape
         page, slot = slots_T // page_size, slots_T % page_size
         if self.pairs is not None:
@@ -100,9 +101,10 @@ class QuantizedPages:
                 self.by_plane()[page, :, slot // (page_size // 2), slot % (page_size // 2)] = bytes_TKD
             self.scales_PKS[page, :, slot] = scales_TK
             return
-        values_KCD = self.values.transpose(0, 1).view(num_kv_heads, num_pages * page_size, head_dim)
+        # As bytes, since index_copy_ does not know e4m3.
+        values_KCD = self.values.view(torch.int8).transpose(0, 1).view(num_kv_heads, num_pages * page_size, head_dim)
         scales_KC = self.scales_PKS.transpose(0, 1).view(num_kv_heads, num_pages * page_size)
-        values_KCD.index_copy_(1, slots_T, q_TKD.transpose(0, 1))
+        values_KCD.index_copy_(1, slots_T, q_TKD.view(torch.int8).transpose(0, 1))
         scales_KC.index_copy_(1, slots_T, scales_TK.transpose(0, 1))
 
     def copy_slots(self, source: int, target: int, num_slots: int) -> None:

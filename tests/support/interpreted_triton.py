@@ -34,6 +34,7 @@ def import_interpreted_triton() -> None:
     triton.knobs.propagate_env = False  # or the next line would set the variable again
     triton.knobs.runtime.interpret = True
     teach_interpreter_bf16(triton.runtime.interpreter, triton.language)
+    teach_interpreter_e4m3(triton.runtime.interpreter, triton.language)
 
 
 def teach_interpreter_bf16(interpreter, tl) -> None:
@@ -64,6 +65,24 @@ def teach_interpreter_bf16(interpreter, tl) -> None:
     builder.cast_impl = mended_cast
     builder.create_fp_to_fp = lambda self, source, target, rounding_mode: mended_cast(self, source, target)
     builder.create_dot = lambda self, a, b, *rest: dot(self, widen(a), widen(b), *rest)
+
+
+def teach_interpreter_e4m3(interpreter, tl) -> None:
+    """Triton 3.9's interpreter truncates what it casts to float8e4nv; torch rounds it to nearest even, as GPUs do."""
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    cast = builder.cast_impl
+
+    def mended_cast(self, source, target):
+        if source.dtype.scalar == target.scalar or tl.float8e4nv not in (source.dtype.scalar, target.scalar):
+            return cast(self, source, target)
+        if target.scalar == tl.float8e4nv:
+            numbers = torch.from_numpy(np.array(cast(self, source, tl.float32).data))
+            return handle(numbers.to(torch.float8_e4m3fn).view(torch.uint8).numpy(), tl.float8e4nv)
+        numbers = torch.from_numpy(np.array(source.data)).view(torch.float8_e4m3fn).float().numpy()
+        return cast(self, handle(numbers, tl.float32), target)
+
+    builder.cast_impl = mended_cast
+    builder.create_fp_to_fp = lambda self, source, target, rounding_mode: mended_cast(self, source, target)
 
 
 if HAS_TRITON and DEVICE.type == "cpu":
