@@ -1,7 +1,6 @@
 """Turns a step's plan into tensors, runs the forward pass, and samples. The only place where plans meet tensors.
 
-Called by the engine once per step. `launch` waits for nothing on a GPU, except where a row asks for the likeliest
-tokens (`kernels.sampling.likeliest` counts ties). Knows no waiting and no stopping.
+Called by the engine once per step. `launch` waits for nothing that a GPU computes. Knows no waiting and no stopping.
 """
 
 from __future__ import annotations

@@ -90,6 +90,7 @@ def answer(engine):
 
 SETTINGS = {
     "decode": {"speculative_config": SpeculativeConfig(method="none")},
+    "looking ahead": {"speculative_config": SpeculativeConfig(method="none"), "async_scheduling": True},
     "verification": {"speculative_config": SpeculativeConfig(method="ngram", num_speculative_tokens=2)},
     "int8 pages": {"speculative_config": SpeculativeConfig(method="none"), "kv_cache_dtype": "int8"},
 }

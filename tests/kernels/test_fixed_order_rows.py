@@ -1,5 +1,7 @@
 """The row-wise operations of deterministic mode: a row's bits do not depend on how many rows are beside it."""
 
+import math
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from kernels.backend import add_rms_norm, sample, silu_mul
 from kernels.fixed_order_linear import with_threads
 from kernels.rms_norm import rms_norm_cpu
 from kernels.rope import rope_cpu
-from kernels.sampling import SamplingBatch, likeliest
+from kernels.sampling import SamplingBatch, likeliest, likeliest_on_device
 
 DTYPES = [torch.float32, torch.bfloat16]
 NUM_ROWS = 700
@@ -101,10 +103,22 @@ def test_sampling_and_logprobs(vocab_size):
             assert torch.equal(part.top_logprobs_BL, whole.top_logprobs_BL[rows, : 1 + count % 20])
 
 
-def test_of_equal_logits_the_smaller_id_comes_first_whatever_is_asked_beside():
+@pytest.mark.parametrize("likeliest", [likeliest, likeliest_on_device])
+def test_of_equal_logits_the_smaller_id_comes_first_whatever_is_asked_beside(likeliest):
     logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, -0.0, 0.0, 2.0], [float("nan")] * 7, [0.0] * 6 + [float("inf")]])
     for count in range(1, 8):
         values, ids = likeliest(logits, count)
         assert ids[0].tolist() == [1, 3, 2, 6, 0, 4, 5][:count]
         assert ids[2].tolist() == [6, 0, 1, 2, 3, 4, 5][:count]
         assert values[0].tolist() == [3.0, 3.0, 2.0, 2.0, 1.0, 0.0, 0.0][:count]
+
+
+def test_both_ways_find_the_same_likeliest_tokens_among_many_ties():
+    generator = torch.Generator().manual_seed(1)
+    for vocab_size in (1, 2, 97, 1000):
+        for num_values in (2, 7, 10**6):
+            logits = torch.randint(0, num_values, (5, vocab_size), generator=generator) / 3
+            logits[1, : vocab_size - 1] = -math.inf
+            for count in {1, min(5, vocab_size), min(20, vocab_size)}:
+                for found, expected in zip(likeliest_on_device(logits, count), likeliest(logits, count)):
+                    assert torch.equal(found, expected)
