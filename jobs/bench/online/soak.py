@@ -210,7 +210,8 @@ async def _highest_rate_held(
     deployment: Deployment, requests: _Requests, fullest: float, minutes: float, console: Console
 ) -> tuple[float, list[Phase]]:
     """The highest rate at which nearly nobody is refused, and the trials that say so: halving an interval in short
-    ones, then going down in long ones until one is passed with room to spare."""
+    ones, then going down in long ones until one is passed with room to spare. It is a step below that one, for a soak
+    of many minutes meets larger crowds than a trial."""
     trials: list[Phase] = []
 
     async def is_held(rate: float, seconds: float) -> bool:
@@ -229,7 +230,7 @@ async def _highest_rate_held(
         low, high = (rate, high) if await is_held(rate, min(30.0, 6 * minutes)) else (low, rate)
     while not await is_held(low, min(150.0, 20 * minutes)):
         low *= STEP_DOWN
-    return low, trials
+    return low * STEP_DOWN, trials
 
 
 async def _offer(
