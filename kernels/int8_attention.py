@@ -39,8 +39,15 @@ def _planes(units, ASM: tl.constexpr, dtype: tl.constexpr):
     fma takes too), and 2**127 times that, minus 2, is exact.
     """
     if not ASM:
-        low = ((units & 255) - 128).to(tl.float32).to(dtype)
-        high = (((units >> 8) & 255) - 128).to(tl.float32).to(dtype)
+        wide = units.to(tl.int32)
+        low = (wide & 255).to(tl.float32) - 128.0
+        high = ((wide >> 8) & 255).to(tl.float32) - 128.0
+        if dtype == tl.bfloat16:
+            # Cut off rather than rounded, which AMD's has no instruction for: such numbers end before.
+            low = (low.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(dtype, bitcast=True)
+            high = (high.to(tl.int32, bitcast=True) >> 16).to(tl.int16).to(dtype, bitcast=True)
+        else:
+            low, high = low.to(dtype), high.to(dtype)
     elif dtype == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
             """{
