@@ -54,7 +54,11 @@ MAX_NUM_BATCHED_TOKENS = 4096
 
 @dataclass(slots=True)
 class EngineStats:
-    """What an engine has done since it was made. Times are whole nanoseconds, so that sums are exact."""
+    """What an engine has done since it was made. Times are whole nanoseconds, so that sums are exact.
+
+    busy_ns is the time of all calls that read a step, and what rows were charged and `lost_ns` sum to it. Tokens that
+    were computed behind an unforeseen end are in nobody's count.
+    """
 
     num_steps: int = 0
     num_steps_ahead: int = 0  # launched before the tokens of the step before them were read

@@ -241,7 +241,8 @@ def shapes_to_measure(limits: Limits) -> list[list[StepShape]]:
 
 
 class RunnerTimer:
-    """Runs steps of given shapes on a runner, over its first pages."""
+    """Runs steps of given shapes on a runner, over its first pages, each read before the next is prepared: that is how
+    steps with drafts are computed everywhere, and only theirs are compared with what is measured here."""
 
     def __init__(self, runner: Runner, decoder: Decoder, page_size: int) -> None:
         self._runner, self._page_size = runner, page_size
