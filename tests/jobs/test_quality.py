@@ -108,7 +108,7 @@ def test_mistakes_are_told_with_exit_code_2(shoal_quality, corpus, small_model, 
         (model, "nowhere", *prompts): "nowhere has no config.json",
         (model, model, *prompts, "--b", "kv_cache_dtype"): "write KEY=VALUE",
         (model, model, *prompts, "--b", "kv_cache=int8"): "did you mean kv_cache_dtype?",
-        (model, model, *prompts, "--b", "kv_cache_dtype=fp8"): "fp8 is not supported yet; use int8",
+        (model, model, *prompts, "--b", "kv_cache_dtype=fp4"): "kv_cache_dtype",
         (model, other, *prompts): "have different tokenizers",
     }
     for words, said in mistakes.items():
