@@ -2,6 +2,7 @@
 
     python tests/kernels/compile_kernels.py all sm_90   # `first`: a launch of each kernel and tile; `few`: of two
     python tests/kernels/compile_kernels.py write       # all of all architectures, into compiled_kernels.json
+    python tests/kernels/compile_kernels.py write merge_kernel  # only some kernels' rows, one after the other
 
 The first prints a JSON object per compiled launch: registers, shared memory, spilled registers, matrix instructions,
 and what the hot loop is made of. Nothing is run. Called by test_compiled_kernels.py in a process of its own, where
@@ -28,14 +29,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import kernels.int4_linear
-from kernels import paged_attention
+from kernels import int8_attention, paged_attention
 from kernels.attention_batch import AttentionBatch, PrefixGroup, new_kv_pages
+from kernels.draft_tree import tree_mask
+from kernels.fp8_kv import new_fp8_pages, write_fp8_kv_triton
 from kernels.int4_linear import Int4Linear, QuantizedWeight
 from kernels.kv_cache import write_kv_triton
 from kernels.on_demand import KernelOnDemand
+from kernels.qkv import norm_rope_write_kv_triton
 from kernels.quantized_kv import new_quantized_pages, write_quantized_kv_triton
-from kernels.rms_norm import add_rms_norm_triton, rms_norm_triton
-from kernels.rope import rope_triton
+from kernels.rms_norm import add_rms_norm_triton, embed_rms_norm_triton
 from kernels.sampling import AllowedTokens, Penalties, SamplingBatch, sample_triton
 from kernels.silu_mul import silu_mul_triton
 
@@ -56,7 +59,9 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
+HAVE_FP8 = ("sm_90", "sm_100")
 OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 SASS = r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T\d]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)(.*)"
@@ -72,7 +77,7 @@ KINDS = {
     "other": r"BAR|BRA|DEPBAR|LDGDEPBAR|WARPGROUP|MEMBAR|FENCE|NOP|SYNCS|ERRBAR|WARPSYNC|s_",
 }
 """By the beginning of an instruction's name; what is none of these is arithmetic ("alu")."""
-MULTIPLYING = ("attend_kernel", "int4_linear_kernel")
+MULTIPLYING = ("attend_kernel", "attend_int8_kernel", "int4_linear_kernel")
 FEWEST_ROWS = 16
 COLUMNS = ("registers", "stack", "shared", "spills", "mma", "instructions", "loop", "per_unit")
 MIX = ("mma", "loads", "stores", "other", "alu")
@@ -101,21 +106,17 @@ def launch_everything(recorder, arch):
         recorder.label = str(dtype).removeprefix("torch.")
         x = torch.zeros(16, 4096, dtype=dtype)
         weight = torch.ones(4096, dtype=dtype)
-        rms_norm_triton(x, weight, 1e-5)
+        embed_rms_norm_triton(torch.arange(16), torch.zeros(64, 4096, dtype=dtype), weight, 1e-5)
         add_rms_norm_triton(x, x.clone(), weight, 1e-5)
         silu_mul_triton(torch.zeros(16, 2 * 14336, dtype=dtype))
-        q, k = torch.zeros(16, 32, 128, dtype=dtype), torch.zeros(16, 8, 128, dtype=dtype)
-        rope_triton(q, k, torch.arange(16), torch.zeros(64, 64), torch.zeros(64, 64))
-        pages = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in new_kv_pages(32, 8, 16, 128, dtype, k.device)]
-        write_kv_triton(k, k, *pages, torch.arange(16))
-        write_quantized_kv_triton(k, k, *new_quantized_pages(32, 8, 16, 128, k.device), torch.arange(16))
+        launch_kv_writes(recorder, dtype, arch)
         is_bf16 = dtype == torch.bfloat16
         for bits in (4, 8):
             for group_size in (32, 64, 128) if is_bf16 else (128,):
                 for zeros in (True, False):  # `first` then has what takes most instructions
                     launch_int4(recorder, bits, group_size, zeros, dtype)
         for head_dim in (64, 80, 128, 256) if is_bf16 else (128,):
-            launch_attention(recorder, head_dim, dtype)
+            launch_attention(recorder, head_dim, dtype, arch)
     recorder.label = "sampling"
     rows = torch.zeros(4)
     ids = torch.zeros(4, dtype=torch.int64)
@@ -125,27 +126,79 @@ def launch_everything(recorder, arch):
     sample_triton(torch.zeros(4, 32000), batch)
 
 
-def launch_attention(recorder, head_dim, dtype):
+def launch_kv_writes(recorder, dtype, arch):
+    """With norms of queries and keys, as of a Qwen3: a model without leaves out a part of this code."""
+    name, slots, tables = recorder.label, torch.arange(16), [torch.zeros(64, 64)] * 2
+    k, norms = torch.zeros(16, 8, 128, dtype=dtype), [torch.ones(128, dtype=dtype)] * 2
+    dense = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in new_kv_pages(32, 8, 16, 128, dtype, k.device)]
+    int8 = new_quantized_pages(32, 8, 64, 128, k.device, in_pairs=True)
+    write_kv_triton(k, k, *dense, slots)
+    write_quantized_kv_triton(k, k, *int8, slots)
+    if arch in HAVE_FP8:
+        write_fp8_kv_triton(k, k, *new_fp8_pages(32, 8, 16, 128, k.device), slots)
+    for kind, pages in (("", dense), (" int8 pages", int8)):
+        recorder.label = name + kind
+        qkv = torch.zeros(16, 48, 128, dtype=dtype)
+        norm_rope_write_kv_triton(qkv, tuple(norms), 1e-5, slots, *tables, *pages, slots)
+    recorder.label = name
+
+
+def launch_attention(recorder, head_dim, dtype, arch):
     device = torch.device("cpu")
-    dense, int8 = new_kv_pages(64, 8, 16, head_dim, dtype, device), new_quantized_pages(64, 8, 16, head_dim, device)
-    for pages, window in ((dense, None), (dense, 128), (int8, None), (int8, 128)):
-        recorder.label = f"{str(dtype).removeprefix('torch.')} D={head_dim} window={window} {pages[0].dtype}"
-        batch = AttentionBatch([1, 1, 14], [600, 40, 600], [list(range(40))] * 3, 16, [PrefixGroup(0, 2, [0, 1])])
-        paged_attention.paged_attention_triton(torch.zeros(16, 32, head_dim, dtype=dtype), *pages, batch, 0.1, window)
+    name = f"{str(dtype).removeprefix('torch.')} D={head_dim}"
+    dense = new_kv_pages(64, 8, 16, head_dim, dtype, device)
+    for window in (None, 128):
+        recorder.label = f"{name} window={window} {dtype}"
+        attend(dense, head_dim, dtype, window)
+    for page_size in (64, 16) if head_dim == 128 and dtype == torch.bfloat16 else (64,):
+        int8 = new_quantized_pages(64, 8, page_size, head_dim, device, in_pairs=True)
+        for window in (None, 128):
+            recorder.label = f"{name} window={window} int8 pages of {page_size}"
+            attend(int8, head_dim, dtype, window)
+    if arch in HAVE_FP8 and head_dim in (64, 128):
+        for window in (None, 128):
+            recorder.label = f"{name} window={window} fp8"
+            attend(new_fp8_pages(64, 8, 16, head_dim, device), head_dim, dtype, window)
+    if head_dim in (64, 128) and dtype == torch.bfloat16:
+        int8 = new_quantized_pages(64, 8, 64, head_dim, device, in_pairs=True)
+        for kind, pages in ((dtype, dense), ("int8 pages of 64", int8)):
+            recorder.label = f"{name} sinks, trees {kind}"
+            attend_drafts(pages, head_dim, dtype)
+
+
+def attend(pages, head_dim, dtype, window):
+    page_size = pages[0].shape[2]
+    tables = [list(range(-(-600 // page_size)))] * 3
+    batch = AttentionBatch([1, 1, 14], [600, 140, 600], tables, page_size, [PrefixGroup(0, 2, [0, 1])])
+    paged_attention.paged_attention_triton(torch.zeros(16, 32, head_dim, dtype=dtype), *pages, batch, 0.1, window)
+
+
+def attend_drafts(pages, head_dim, dtype):
+    """Rows of decodes, and of drafts in a tree, behind sinks."""
+    page_size = pages[0].shape[2]
+    tables = [list(range(-(-600 // page_size)))] * 2
+    batch = AttentionBatch([1, 4], [600, 600], tables, page_size, trees={1: tree_mask([-1, 0, 0, 1])})
+    q, sinks = torch.zeros(5, 32, head_dim, dtype=dtype), torch.zeros(32)
+    paged_attention.paged_attention_triton(q, *pages, batch, 0.1, sinks_N=sinks)
 
 
 def launch_int4(recorder, bits, group_size, zeros, dtype):
-    """Each tile of tuned.json, and the expansion. K is that of an 8B model, as splits and strides follow from it."""
+    """Each tile of tuned.json, and the expansion. K is that of an 8B model, as splits and strides follow from it.
+
+    Gated is what takes most instructions and registers, and what most models have: 4 bits with zero points, bfloat16.
+    """
     q = torch.zeros(128, 4096, dtype=torch.uint8)
     scale = torch.ones(128, 4096 // group_size)
     weight = QuantizedWeight(q, scale, group_size, scale.byte() if zeros else None, bits)
-    layer = Int4Linear(weight, None, dtype=dtype, device=torch.device("cpu"))
-    kind = f"{str(dtype).removeprefix('torch.')} int{bits} g{group_size}{' zeros' if zeros else ''}"
-    for tile in layer.tiles:
-        recorder.label = f"{kind} M={tile.max_rows}"
-        layer(torch.zeros(tile.max_rows, 4096, dtype=dtype))
-    recorder.label = kind
-    layer.expand()
+    for gated in (False, True) if zeros and bits == 4 and dtype == torch.bfloat16 else (False,):
+        layer = Int4Linear(weight, None, dtype=dtype, device=torch.device("cpu"), gated=gated)
+        kind = f"{str(dtype).removeprefix('torch.')} int{bits} g{group_size}{' zeros' if zeros else ''}"
+        kind += " gated" if gated else ""
+        for tile in layer.tiles:
+            recorder.label = f"{kind} M={tile.max_rows}"
+            layer(torch.zeros(tile.max_rows, 4096, dtype=dtype))
+        recorder.label = kind
+        layer.expand()
 
 
 def compile_launch(kernel, args, kwargs, arch):
@@ -247,29 +300,31 @@ def kind_of(name):
 
 
 def units_of(name, args, kwargs, kernel):
-    """What one turn of the hot loop works on: weights of int4_linear, bytes of keys and values of attention."""
+    """What one turn of the hot loop works on: weights of int4_linear, numbers of keys and of values of attention."""
+    values = dict(zip(kernel.jit_function().arg_names, args)) | kwargs
     if name == "int4_linear_kernel":
-        return kwargs["COLUMNS"] * kwargs["DEPTH"]
-    if name == "attend_kernel":
-        values = dict(zip(kernel.jit_function().arg_names, args)) | kwargs
-        return 2 * values["KEYS"] * values["head_dim"] * values["k_pages"].element_size()
+        return values["COLUMNS"] * values["DEPTH"]
+    if name in ("attend_kernel", "attend_int8_kernel"):
+        return 2 * values["KEYS"] * (values["head_dim"] if "head_dim" in values else values["HEAD_DIM"])
     return None
 
 
 def compile_all(which, arch):
-    """Yield a row per compiled launch; which: "all", "first" of each kernel and tile, or "few" of them."""
+    """Yield a row per compiled launch; which: "all", "first" of each kernel and tile, "few" of them, or names
+    of kernels, with commas between, for all launches of these."""
     recorder = Recorder()
     KernelOnDemand.__getitem__ = lambda kernel, grid: recorder.record(kernel, grid)
     paged_attention.is_hopper = lambda device: arch in ("sm_90", "sm_100")
-    paged_attention.is_amd = lambda device: TARGETS[arch].backend == "hip"
-    kernels.int4_linear.architecture_of = lambda device: arch
+    kernels.int4_linear.architecture_of = int8_attention.architecture_of = lambda device: arch
     launch_everything(recorder, arch)
     seen = set()
     for label, kernel, args, kwargs in recorder.launches:
         name = kernel.function.__name__.strip("_")
         rows = kwargs.get("ROWS")
-        key = (name, rows, label) if which == "all" else (name, rows)
-        if key in seen or (which == "few" and (name not in MULTIPLYING or rows != FEWEST_ROWS)):
+        key = (name, rows) if which in ("first", "few") else (name, rows, label)
+        is_left_out = which == "few" and (name not in MULTIPLYING or rows != FEWEST_ROWS)
+        is_meant = which in ("all", "first", "few") or name in which.split(",")
+        if key in seen or is_left_out or not is_meant:
             continue
         seen.add(key)
         row = describe(compile_launch(kernel, args, kwargs, arch), arch)
@@ -279,19 +334,25 @@ def compile_all(which, arch):
         yield {"kernel": name, "rows": rows, "label": label, "arch": arch, **row}
 
 
-def write_table():
-    """Compile everything for all architectures, two at a time, and write TABLE."""
+def compile_in_process(which, arch):
+    """The rows of `compile_all` from a process of its own, as it bends the launchers towards an architecture."""
+    command = [sys.executable, __file__, which, arch]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{arch}: {done.stderr[-4000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
-    def compile_for(arch):
-        command = [sys.executable, __file__, "all", arch]
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{arch}: {done.stderr[-4000:]}")
-        return [json.loads(line) for line in done.stdout.splitlines()]
 
-    with ThreadPoolExecutor(2) as pool:
-        rows = [row for found in pool.map(compile_for, TARGETS) for row in found]
+def write_table(names):
+    """Compile everything for all architectures, two at a time, and write TABLE; or all launches of some kernels, one at
+    a time, and write their rows in place of those that TABLE has."""
+    if names:
+        rows = [row for row in read_table().values() if row["kernel"] not in names]
+        rows += [row for arch in TARGETS for row in compile_in_process(",".join(names), arch)]
+    else:
+        with ThreadPoolExecutor(2) as pool:
+            rows = [row for found in pool.map(lambda arch: compile_in_process("all", arch), TARGETS) for row in found]
     TABLE.write_text(format_table(rows), encoding="utf-8")
 
 
@@ -310,12 +371,14 @@ def read_table():
     """The committed rows by (arch, kernel, rows, label)."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     rows = [dict(zip(table["columns"], values)) for values in table["table"]]
+    for row in rows:
+        row["loop"] = dict(zip(table["loop"], row["loop"]))
     return {(row["arch"], row["kernel"], row["rows"], row["label"]): row for row in rows}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "write":
-        write_table()
+        write_table(sys.argv[2:])
     else:
         for found_row in compile_all(sys.argv[1], sys.argv[2]):
             print(json.dumps(found_row), flush=True)
