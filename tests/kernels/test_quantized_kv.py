@@ -152,6 +152,19 @@ def test_triton_writes_the_same_bytes_however_a_prompt_was_cut(device):
         assert torch.equal(one.scales_PKS, other.scales_PKS)
 
 
+def test_one_operation_takes_the_bias_from_a_byte_exactly():
+    """What the kernel's inline assembly relies on, which does not run here."""
+    byte = torch.arange(256, dtype=torch.int16)
+    q = byte.double() - 128
+    by_fma = byte.view(torch.bfloat16).double() * 2.0**127 - 2.0
+    assert torch.equal(by_fma * 64, q)
+    assert torch.equal(by_fma.bfloat16().double(), by_fma)
+    half = (byte | 0x6400).view(torch.float16) + torch.tensor(0xE480 - 0x10000, dtype=torch.int16).view(torch.float16)
+    assert half.dtype == torch.float16 and torch.equal(half.double(), q)
+    cut = ((byte.float() - 128).view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    assert torch.equal(cut.double(), q)
+
+
 @pytest.mark.parametrize("in_pairs", [False, True])
 @pytest.mark.parametrize("num_slots", [0, 1, 5, 8, 9, 15, 16])
 def test_slots_are_copied_and_cleared_as_those_of_tensors_are(num_slots, in_pairs):
