@@ -100,6 +100,7 @@ def prepare(
         num_heads=model.num_heads,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
+        page_size=64,  # the engine's
     )
     num_pages_each = NUM_CONTEXT // shape.page_size
     batch = new_batch(shape, 0, num_pages_each)
