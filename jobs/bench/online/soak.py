@@ -34,8 +34,8 @@ MAX_REFUSED = 0.01
 MAX_REFUSED_IN_TRIAL = 0.005
 """Crowds come at random: of a rate at the very edge every other trial would be passed."""
 
-NUM_SHORT_TRIALS = 5
-STEP_DOWN = 0.97
+NUM_SHORT_TRIALS = 3
+STEP_UP, STEP_DOWN = 1.15, 0.97
 
 OVERLOAD = 10
 SHARE_STREAMED, SHARE_LEAVING = 0.5, 0.1
@@ -209,9 +209,9 @@ async def _fullest_rate(deployment: Deployment, requests: _Requests, seconds: fl
 async def _highest_rate_held(
     deployment: Deployment, requests: _Requests, fullest: float, minutes: float, console: Console
 ) -> tuple[float, list[Phase]]:
-    """The highest rate at which nearly nobody is refused, and the trials that say so: halving an interval in short
-    ones, then going down in long ones until one is passed with room to spare. It is a step below that one, for a soak
-    of many minutes meets larger crowds than a trial."""
+    """The highest rate at which nearly nobody is refused, and the trials that say so: going up in short ones and then
+    halving the interval, then going down in long ones until one is passed with room to spare. It is a step below that
+    one, for a soak of many minutes meets larger crowds than a trial."""
     trials: list[Phase] = []
 
     async def is_held(rate: float, seconds: float) -> bool:
@@ -224,10 +224,14 @@ async def _highest_rate_held(
         console.print(f"trial: {rate:.1f} per second for {trial.seconds:.0f} s, {trial.outcomes['429']} refused")
         return trial.outcomes["429"] <= most
 
-    low, high = 0.5 * fullest, 1.05 * fullest
+    short_s = min(30.0, 6 * minutes)
+    low, high = 0.5 * fullest, fullest
+    # Some leave early, so that more than the fullest may be held.
+    while await is_held(high, short_s):
+        low, high = high, STEP_UP * high
     for _ in range(NUM_SHORT_TRIALS):
         rate = (low + high) / 2
-        low, high = (rate, high) if await is_held(rate, min(30.0, 6 * minutes)) else (low, rate)
+        low, high = (rate, high) if await is_held(rate, short_s) else (low, rate)
     while not await is_held(low, min(150.0, 20 * minutes)):
         low *= STEP_DOWN
     return low * STEP_DOWN, trials
