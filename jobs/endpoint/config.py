@@ -46,7 +46,7 @@ class RequestLimits(_Section):
     ] = 64
     max_queue_s: Annotated[
         float, Field(ge=0, description="and only while a place is expected within so many seconds; 0: nobody waits")
-    ] = 1.0
+    ] = 0.5
 
 
 class ReplicaSection(_Section):
