@@ -16,9 +16,15 @@ The engine's drafters guess chains, which causal attention serves; nothing above
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
+
+from kernels.on_demand import triton_kernel
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 MAX_TREE_TOKENS = 64
 """A token's row of the mask is one word of so many bits."""
@@ -106,3 +112,13 @@ def pack_tree(mask: TreeMask, window: int | None, first_key: int) -> NDArray[np.
     packed[:, 0] = first_key
     packed[:, 1:] = words.view("<i4")
     return packed
+
+
+@triton_kernel
+def is_seen_by_tree(key, tree_start, low_bits, high_bits):
+    """[R, keys]: which rows see which keys of theirs, by the three numbers that each row's token has in `pack_tree`."""
+    # Keys before the request's query tokens are seen, and of these the ones whose bits are set.
+    place = key[None, :] - tree_start[:, None]
+    bits = tl.where(place < 32, low_bits[:, None], high_bits[:, None])
+    in_tree = (place < 64) & (((bits >> (place & 31)) & 1) != 0)
+    return (place < 0) | in_tree

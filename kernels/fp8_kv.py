@@ -21,11 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels.attention_batch import new_kv_pages
 from kernels.kv_cache import check_kv_shapes
 from kernels.on_demand import triton_kernel
 from kernels.qkv import Norms, norm_rope_write_kv_triton
-from kernels.quantized_kv import SMALLEST, Pages, QuantizedPages
+from kernels.quantized_kv import SMALLEST, Pages, QuantizedPages, new_plain_pages
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -53,10 +52,7 @@ def new_fp8_pages(
 ) -> tuple[QuantizedPages, QuantizedPages]:
     """Allocate zeroed key and value pages of one layer, laid out as `new_kv_pages` does on this device."""
     check_fp8_device(device)
-    values = new_kv_pages(num_pages, num_kv_heads, page_size, head_dim, FP8, device)
-    scales = new_kv_pages(num_pages, num_kv_heads, page_size, 1, torch.float32, device)
-    k_pages, v_pages = (QuantizedPages(x_PKSD, s_PKS1.squeeze(-1)) for x_PKSD, s_PKS1 in zip(values, scales))
-    return k_pages, v_pages
+    return new_plain_pages(num_pages, num_kv_heads, page_size, head_dim, FP8, device)
 
 
 def quantize_fp8(x_TKD: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels.attention_plan import LARGE_ROWS, AttentionPlan
+from kernels.draft_tree import is_seen_by_tree
 from kernels.on_demand import triton_kernel
 from kernels.quantized_kv import QuantizedPages, check_pairs
 from kernels.tuned import architecture_of
@@ -100,11 +101,7 @@ def _is_seen(
     """[R, keys]: which rows see which keys; keys out of [start, stop) are seen by none."""
     inside = (key >= start) & (key < stop)
     if TREES:
-        # Keys before the request's query tokens are seen, and of these the ones whose bits are set.
-        place = key[None, :] - tree_start[:, None]
-        bits = tl.where(place < 32, low_bits[:, None], high_bits[:, None])
-        in_tree = (place < 64) & (((bits >> (place & 31)) & 1) != 0)
-        seen = inside[None, :] & ((place < 0) | in_tree)
+        seen = inside[None, :] & is_seen_by_tree(key, tree_start, low_bits, high_bits)
     else:
         seen = inside[None, :] & (key[None, :] <= position[:, None])
     if WINDOWED:

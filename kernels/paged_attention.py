@@ -22,8 +22,8 @@ from torch import Tensor
 from kernels.attention_batch import AttentionBatch
 from kernels.attention_checks import check_attention, check_sinks
 from kernels.attention_plan import LARGE_ROWS, SMALL_ROWS, plan_attention
-from kernels.draft_tree import hidden_keys
-from kernels.int8_attention import attend_int8
+from kernels.draft_tree import hidden_keys, is_seen_by_tree
+from kernels.int8_attention import LOG2_E, attend_int8
 from kernels.on_demand import triton_kernel
 from kernels.quantized_kv import Pages, QuantizedPages
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 KEYS_PER_TILE = 64
 MERGE_ELEMENTS = 1024
-LOG2_E = math.log2(math.e)
 
 
 @triton_kernel
@@ -135,11 +134,7 @@ def _attend_kernel(
             else:
                 scores = scores * k_scale[None, :]
         if TREES:
-            # Keys before the request's query tokens are seen, and of these the ones whose bits are set.
-            place = key[None, :] - tree_start[:, None]
-            bits = tl.where(place < 32, low_bits[:, None], high_bits[:, None])
-            in_tree = (place < 64) & (((bits >> (place & 31)) & 1) != 0)
-            seen = key_inside[None, :] & ((place < 0) | in_tree)
+            seen = key_inside[None, :] & is_seen_by_tree(key, tree_start, low_bits, high_bits)
         else:
             seen = key_inside[None, :] & (key[None, :] <= position[:, None])
         if WINDOWED:

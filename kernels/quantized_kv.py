@@ -157,17 +157,29 @@ def new_quantized_pages(
     """
     if in_pairs is None:
         in_pairs = device.type == "cuda"
-    scales = new_kv_pages(num_pages, num_kv_heads, page_size, 1, torch.float32, device)
-    k_scales_PKS, v_scales_PKS = (scale_PKS1.squeeze(-1) for scale_PKS1 in scales)
     if not in_pairs:
-        k, v = new_kv_pages(num_pages, num_kv_heads, page_size, head_dim, torch.int8, device)
-        return QuantizedPages(k, k_scales_PKS), QuantizedPages(v, v_scales_PKS)
+        return new_plain_pages(num_pages, num_kv_heads, page_size, head_dim, torch.int8, device)
     for name, value in (("page_size", page_size), ("the head dimension", head_dim)):
         if value % 2:
             raise ValueError(f"int8 pages: {name} is {value}; on a GPU it must be even, as two bytes share a unit")
+    k_scales_PKS, v_scales_PKS = _new_scales(num_pages, num_kv_heads, page_size, device)
     units, _ = new_kv_pages(num_pages, num_kv_heads, page_size, head_dim // 2, torch.int16, device)
     other, _ = new_kv_pages(num_pages, num_kv_heads, page_size // 2, head_dim, torch.int16, device)
     return QuantizedPages(units, k_scales_PKS, "dims"), QuantizedPages(other, v_scales_PKS, "slots")
+
+
+def new_plain_pages(
+    num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[QuantizedPages, QuantizedPages]:
+    """`new_quantized_pages` whose bytes, int8 or e4m3, lie by slot and dimension."""
+    k, v = new_kv_pages(num_pages, num_kv_heads, page_size, head_dim, dtype, device)
+    k_scales_PKS, v_scales_PKS = _new_scales(num_pages, num_kv_heads, page_size, device)
+    return QuantizedPages(k, k_scales_PKS), QuantizedPages(v, v_scales_PKS)
+
+
+def _new_scales(num_pages: int, num_kv_heads: int, page_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    k_PKS1, v_PKS1 = new_kv_pages(num_pages, num_kv_heads, page_size, 1, torch.float32, device)
+    return k_PKS1.squeeze(-1), v_PKS1.squeeze(-1)
 
 
 def quantize(x_TKD: Tensor) -> tuple[Tensor, Tensor]:
